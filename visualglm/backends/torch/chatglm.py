@@ -1,0 +1,100 @@
+"""ChatGLM: the decoder, with two-dimensional rotary positions and scaled post-LN residuals."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from visualglm.backends.torch.kv_cache import KVCache
+from visualglm.backends.torch.modules import MLP, merge_heads, split_heads
+from visualglm.config import TextConfig
+
+
+def rotary_table(config: TextConfig, device: torch.device) -> Tensor:
+    """Cosines and sines, float32 [2, max_sequence_length, head_dim / 2], for one half of a head.
+
+    Computed in float64 and rounded once; `rotary_inv_freq_dtype` float16 rounds the frequencies first.
+    """
+    dim = config.head_dim // 2
+    inv_freq = 1.0 / config.rotary_base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if config.rotary_inv_freq_dtype == "float16":
+        inv_freq = inv_freq.half().float()
+    angles = torch.outer(torch.arange(config.max_sequence_length, dtype=torch.float32), inv_freq).repeat(1, 2)
+    return torch.stack([angles.cos(), angles.sin()]).to(device)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn both halves of each head by their own position row.
+
+    x: [batch, heads, seq, head_dim]; cos, sin: float32 [batch, 1, seq, 2, head_dim / 2].
+    Each half is rotate-half, not interleaved. The turn is computed in float32.
+    """
+    halves = x.unflatten(-1, (2, -1)).float()
+    left, right = halves.chunk(2, dim=-1)
+    turned = halves * cos + torch.cat([-right, left], dim=-1) * sin
+    return turned.flatten(-2).to(x.dtype)
+
+
+class ChatGLMAttention(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(merge_heads(attended))  # type: ignore[no-any-return]
+
+
+class ChatGLMLayer(nn.Module):
+    """A post-LN block whose residuals are the normalised tensors times sqrt(2 * layers)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.residual_scale = config.residual_scale
+        self.input_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.attention = ChatGLMAttention(config)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, gelu="tanh")
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        x = self.input_norm(x)
+        x = self.attention_norm(x * self.residual_scale + self.attention(x, rotary, mask, cache, layer))
+        return x * self.residual_scale + self.mlp(x)  # type: ignore[no-any-return]
+
+
+class ChatGLM(nn.Module):
+    """Token embeddings [batch, seq, width] → hidden states of the same shape, after the final norm."""
+
+    rotary: Tensor
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(ChatGLMLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer("rotary", rotary_table(config, torch.device("cpu")), persistent=False)
+
+    def forward(
+        self, inputs_embeds: Tensor, position_ids: Tensor, mask: Tensor | None, cache: KVCache | None = None
+    ) -> Tensor:
+        """position_ids: int64 [batch, 2, seq]; mask: bool [batch, 1, seq, keys], or None where all is visible."""
+        cos, sin = self.rotary[:, position_ids.transpose(1, 2)].unsqueeze(2)
+        x = inputs_embeds
+        for index, layer in enumerate(self.layers):
+            x = layer(x, (cos, sin), mask, cache, index)
+        if cache is not None:
+            cache.advance(inputs_embeds.shape[1])
+        return self.norm(x)  # type: ignore[no-any-return]
