@@ -23,6 +23,7 @@ _CONTROL_PIECES = ("<unk>", "<s>", "</s>", PAD, MASK, GMASK, "[sMASK]", "<unused
 _BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 # SentencePiece's own mark of a blank. As user text it is spelled in bytes, where the vocabulary has them.
 _META = "▁"
+_STRAY_BYTE = re.compile("[\udc80-\udcff]")
 
 
 class Tokenizer:
@@ -165,7 +166,7 @@ class Tokenizer:
         try:
             return SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError) as error:
-            raise TokenizerError(f"The tokenizer {self.path} is damaged or cut short; {REMEDY}.") from error
+            raise TokenizerError(f"The tokenizer {self.path} is damaged or cut short ({error}); {REMEDY}.") from error
 
     def _require_pieces(self) -> None:
         found = self._lookup(REQUIRED_PIECES)
@@ -214,16 +215,20 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        # Marks every stray byte by itself, as SentencePiece does; "replace" would join some.
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._at_start = True
 
     def push(self, *ids: int) -> str:
         """The text that `ids` complete: whole characters only."""
-        return self._utf8.decode(b"".join(map(self._bytes, ids)))
+        return self._text(b"".join(map(self._bytes, ids)))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD where the last character is not complete."""
-        return self._utf8.decode(b"", final=True)
+        """What is left at the end: U+FFFD for each byte of a character that is not complete."""
+        return self._text(b"", final=True)
+
+    def _text(self, data: bytes, final: bool = False) -> str:
+        return _STRAY_BYTE.sub("\ufffd", self._utf8.decode(data, final))
 
     def _bytes(self, token_id: int) -> bytes:
         token = self._tokenizer.token(int(token_id))
