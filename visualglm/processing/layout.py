@@ -48,6 +48,18 @@ class Layout:
         context = self.context_lengths[:, None]
         return np.stack([np.minimum(from_text, context - 1), np.maximum(from_text - context + 1, 0)], axis=1)
 
+    def keep_rows(self, rows: NDArray[np.int64]) -> Layout:
+        """The layout of some rows of the batch, padding unchanged."""
+        return Layout(self.input_ids[rows], self.pad_lengths[rows], self.context_lengths[rows], self.image_starts[rows])
+
+    def text_ids(self, row: int, image_length: int) -> NDArray[np.int64]:
+        """The ids of a row that stand for text: neither padding nor image slots."""
+        ids, start = self.input_ids[row], int(self.image_starts[row])
+        first = int(self.pad_lengths[row])
+        if start == NO_IMAGE:
+            return ids[first:]
+        return np.concatenate([ids[first:start], ids[start + image_length :]])
+
     def attention_mask(self) -> NDArray[np.bool_]:
         """What each column of the prompt sees: [batch, seq, seq], True where visible.
 

@@ -14,13 +14,14 @@ from visualglm.config import TextConfig
 def rotary_table(config: TextConfig, device: torch.device) -> Tensor:
     """Cosines and sines, float32 [2, max_sequence_length, head_dim / 2], for one half of a head.
 
-    Computed in float64 and rounded once; `rotary_inv_freq_dtype` float16 rounds the frequencies first.
+    Computed on the CPU, so that every device turns alike; `rotary_inv_freq_dtype` float16 rounds the frequencies first.
     """
-    dim = config.head_dim // 2
-    inv_freq = 1.0 / config.rotary_base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    dim, cpu = config.head_dim // 2, torch.device("cpu")
+    inv_freq = 1.0 / config.rotary_base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=cpu) / dim)
     if config.rotary_inv_freq_dtype == "float16":
         inv_freq = inv_freq.half().float()
-    angles = torch.outer(torch.arange(config.max_sequence_length, dtype=torch.float32), inv_freq).repeat(1, 2)
+    positions = torch.arange(config.max_sequence_length, dtype=torch.float32, device=cpu)
+    angles = torch.outer(positions, inv_freq).repeat(1, 2)
     return torch.stack([angles.cos(), angles.sin()]).to(device)
 
 

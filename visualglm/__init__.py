@@ -1,0 +1,48 @@
+"""VisualGLM-6B, usable everywhere: ask a picture questions in Chinese and English.
+
+    import visualglm
+    model = visualglm.load()                      # the built-in model; or a directory made by `visualglm convert`
+    print(model.ask("picture.png", "图里有什么？"))
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visualglm.errors import VisualGLMError
+
+if TYPE_CHECKING:
+    from visualglm.model import VisualGLM
+
+__version__ = "0.1.0"
+__all__ = ["VisualGLM", "VisualGLMError", "__version__", "load"]
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    backend: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    adapter: str | Path | None = None,
+) -> VisualGLM:
+    """Load a model.
+
+    path: a model directory; None is the small built-in model, which knows drawn shapes and short words only.
+    backend: "torch" or "auto". device: "cpu", "cuda", "cuda:1", "mps", "npu" or "auto".
+    dtype: "float32", "bfloat16", "float16" or "auto" (the weights' own where the device is quick at it).
+    Raises `VisualGLMError` for whatever is missing, damaged, too large, or not to be had on this machine.
+    """
+    from visualglm.loading import load_model
+
+    return load_model(path, backend=backend, device=device, dtype=dtype, adapter=adapter)
+
+
+def __getattr__(name: str) -> Any:
+    # The class costs an import of numpy and Pillow: not for `visualglm --help`.
+    if name == "VisualGLM":
+        from visualglm.model import VisualGLM
+
+        return VisualGLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

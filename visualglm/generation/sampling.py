@@ -1,0 +1,77 @@
+"""From logits to the next token: penalties, temperature, top-k, top-p and the draw, for one row at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visualglm.errors import VisualGLMError
+from visualglm.generation.config import GenerationConfig
+
+
+class Sampler:
+    """Chooses the tokens of one row.
+
+    Each row draws from a generator of its own, seeded alike, so that its answer does not depend on the batch it is in.
+    `prompt_ids` are the ids of the prompt's text; they and the answer's own count for the repetition penalty.
+    """
+
+    def __init__(self, config: GenerationConfig, prompt_ids: Iterable[int]) -> None:
+        self._config = config
+        self._seen = set(prompt_ids)
+        self._rng = np.random.default_rng(config.seed)
+
+    def next_token(self, logits: NDArray[np.float32]) -> int:
+        """The token that follows, from float32 logits [vocab]. Raises `VisualGLMError` if they are not finite."""
+        scores = self._penalised(logits)
+        token = self._draw(scores) if self._config.samples else int(scores.argmax())
+        if not np.isfinite(logits[token]):
+            raise VisualGLMError(
+                "The model's output is not a finite number, as happens when float16 overflows; "
+                "load it in bfloat16 or float32."
+            )
+        self._seen.add(token)
+        return token
+
+    def _penalised(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Suppressed tokens, and the repetition penalty (Keskar et al. 2019): scores of seen tokens are made smaller."""
+        penalty = self._config.repetition_penalty
+        if penalty == 1.0 and not self._config.suppress_tokens:
+            return logits
+        scores = logits.copy()
+        seen = np.fromiter(self._seen, np.int64, len(self._seen))
+        scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
+        scores[list(self._config.suppress_tokens)] = -np.inf
+        return scores
+
+    def _draw(self, scores: NDArray[np.float32]) -> int:
+        temperature = 1.0 if self._config.temperature is None else self._config.temperature
+        order = top_tokens(scores, self._config.top_k)
+        probabilities = softmax(scores[order].astype(np.float64) / temperature)
+        kept = nucleus_size(probabilities, self._config.top_p)
+        cumulative = probabilities[:kept].cumsum()
+        return int(order[np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right")])
+
+
+def top_tokens(scores: NDArray[np.float32], top_k: int) -> NDArray[np.int64]:
+    """The tokens of the `top_k` highest scores (all, where top_k is 0), the highest first."""
+    if 0 < top_k < len(scores):
+        best = np.argpartition(scores, -top_k)[-top_k:]
+    else:
+        best = np.arange(len(scores))
+    order: NDArray[np.int64] = best[np.argsort(-scores[best], kind="stable")]
+    return order
+
+
+def softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    exponentials: NDArray[np.float64] = np.exp(scores - scores.max())
+    return exponentials / exponentials.sum()
+
+
+def nucleus_size(probabilities: NDArray[np.float64], top_p: float) -> int:
+    """How many of the sorted probabilities it takes to reach `top_p` (Holtzman et al. 2020); at least one."""
+    if top_p >= 1:
+        return len(probabilities)
+    return int(np.searchsorted(probabilities.cumsum(), top_p)) + 1

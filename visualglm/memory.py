@@ -1,0 +1,57 @@
+"""How much memory a model takes, told before it is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+
+from visualglm.config import DType, VisualGLMConfig
+from visualglm.errors import DeviceError
+from visualglm.parameters import parameter_count
+
+BYTES_PER_ELEMENT: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+# Activations of one prompt, the tables, and the libraries themselves.
+_WORKING_BYTES = 600 * 2**20
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes a loaded model takes: its weights, the KV cache of one full window, and what it works with."""
+
+    weights: int
+    kv_cache: int
+    working: int = _WORKING_BYTES
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.working
+
+    def __str__(self) -> str:
+        return f"{gib(self.total)} (weights {gib(self.weights)}, cache {gib(self.kv_cache)}, work {gib(self.working)})"
+
+
+def estimate_memory(config: VisualGLMConfig, dtype: DType, *, batch_size: int = 1) -> MemoryEstimate:
+    """What a model of `config` takes in `dtype` with `batch_size` rows of the whole window."""
+    text, size = config.text, BYTES_PER_ELEMENT[dtype]
+    kv_cache = 2 * text.num_hidden_layers * text.hidden_size * text.max_sequence_length * batch_size * size
+    return MemoryEstimate(parameter_count(config) * size, kv_cache)
+
+
+def available_memory() -> int:
+    """Bytes of main memory that can be had without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+def require_memory(estimate: MemoryEstimate, available: int, where: str) -> None:
+    """Raise `DeviceError` if a model's weights and working memory do not fit in what `where` has left."""
+    if estimate.weights + estimate.working > available:
+        raise DeviceError(
+            f"The model takes {estimate}, but {where} has {gib(available)} left; "
+            "close other programs, or load it in a smaller precision or on another machine."
+        )
+
+
+def gib(size: int) -> str:
+    """A number of bytes in the unit people read."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

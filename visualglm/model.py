@@ -1,0 +1,283 @@
+"""`VisualGLM`: a loaded model that is asked about images. Joins processing, a backend and generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from visualglm.backends.base import Backend, ImageEmbeds
+from visualglm.config import VisualGLMConfig
+from visualglm.errors import PromptError, TokenizerError
+from visualglm.generation.config import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
+from visualglm.generation.decoding import Decoding, generate_ids
+from visualglm.generation.text import AnswerStream
+from visualglm.processing.image import ImageLimits, load_image, preprocess
+from visualglm.processing.layout import Layout, layout_from_ids, pad_batch
+from visualglm.processing.prompt import Language, Prompt, Turn, build_prompt
+from visualglm.processing.tokenizer import Tokenizer
+
+ImageSource = str | Path | bytes | Image.Image | NDArray[Any] | ImageEmbeds
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer and how it came about."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    dropped_turns: int
+
+
+class VisualGLM:
+    """A model on a backend, with its tokenizer; made by `visualglm.load`."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer | None,
+        *,
+        name: str = "model",
+        image_limits: ImageLimits | None = None,
+        allow_urls: bool = False,
+    ) -> None:
+        self.backend = backend
+        self.name = name
+        self.image_limits = image_limits or ImageLimits()
+        self.allow_urls = allow_urls
+        self._tokenizer = tokenizer
+
+    @property
+    def config(self) -> VisualGLMConfig:
+        return self.backend.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises `TokenizerError` if the model directory came without one."""
+        if self._tokenizer is None:
+            raise TokenizerError(
+                f"The model {self.name} has no tokenizer.model, so it cannot be asked in words; "
+                "convert it again with --tokenizer ice_text.model."
+            )
+        return self._tokenizer
+
+    def ask(
+        self,
+        image: ImageSource | None,
+        question: str,
+        *,
+        history: Sequence[Turn] = (),
+        language: Language = "auto",
+        **generation: Any,
+    ) -> str:
+        """The answer to one question.
+
+        image: a path, encoded bytes, a `data:` URL, a PIL image, a uint8 array, an `encode_image` result, or None.
+        history: earlier (question, answer) pairs about the same image, the oldest first.
+        generation: options of `GenerationConfig`; greedy by default.
+        Raises a `VisualGLMError` with one clear sentence for whatever cannot be answered.
+        """
+        return "".join(self.stream(image, question, history=history, language=language, **generation))
+
+    def stream(
+        self,
+        image: ImageSource | None,
+        question: str,
+        *,
+        history: Sequence[Turn] = (),
+        language: Language = "auto",
+        **generation: Any,
+    ) -> Iterator[str]:
+        """The answer as `ask` gives it, in pieces as they are made; never half a character."""
+        config = GenerationConfig.from_options(**generation)
+        prompt = self.prompt(question, history=history, has_image=image is not None, language=language, config=config)
+        embeds = [] if image is None else [self.encode_image(image)]
+        return self._stream(prompt, embeds, config)
+
+    def ask_batch(
+        self,
+        pairs: Iterable[tuple[ImageSource | None, str]],
+        *,
+        batch_size: int = 16,
+        language: Language = "auto",
+        **generation: Any,
+    ) -> list[str]:
+        """Answers to (image, question) pairs, in their order, each as `ask` alone would give it.
+
+        Rows of like length share a batch; rows with and without an image may be mixed.
+        """
+        return [reply.text for reply in self.reply_batch(pairs, batch_size=batch_size, language=language, **generation)]
+
+    def reply_batch(
+        self,
+        pairs: Iterable[tuple[ImageSource | None, str]],
+        *,
+        batch_size: int = 16,
+        language: Language = "auto",
+        **generation: Any,
+    ) -> list[Reply]:
+        """As `ask_batch`, with the token counts of each answer."""
+        if batch_size < 1:
+            raise PromptError(f"batch_size is {batch_size}, but a batch has at least one row; give 1 or more.")
+        config = GenerationConfig.from_options(**generation)
+        rows = list(pairs)
+        prompts = [
+            self.prompt(question, has_image=image is not None, language=language, config=config)
+            for image, question in rows
+        ]
+        replies: dict[int, Reply] = {}
+        by_length = sorted(range(len(rows)), key=lambda index: len(prompts[index].input_ids))
+        for start in range(0, len(rows), batch_size):
+            chosen = by_length[start : start + batch_size]
+            embeds = self.encode_images([image for image in (rows[index][0] for index in chosen) if image is not None])
+            answers = self._answer([prompts[index] for index in chosen], embeds, config)
+            replies.update(zip(chosen, answers, strict=True))
+        return [replies[index] for index in range(len(rows))]
+
+    def encode_image(self, image: ImageSource) -> ImageEmbeds:
+        """Encode an image once; the result is accepted wherever an image is."""
+        return self.encode_images([image])[0]
+
+    def encode_images(self, images: Sequence[ImageSource]) -> list[ImageEmbeds]:
+        """Encode several images in one pass; those encoded already are handed through."""
+        fresh = [self._pixels(image) for image in images if not isinstance(image, ImageEmbeds)]
+        encoded = iter(self.backend.encode_images(np.stack(fresh)) if fresh else ())
+        return [image if isinstance(image, ImageEmbeds) else next(encoded) for image in images]
+
+    def logits(
+        self,
+        input_ids: ArrayLike,
+        pixels: ArrayLike | None = None,
+        image_start: int | Sequence[int | None] | None = None,
+    ) -> NDArray[np.float32]:
+        """Logits float32 [batch, seq, vocab] of prompts given as ids.
+
+        input_ids: int [batch, seq], left-padded, each row with `<sop>`; pixels: float32 [rows with an image, 3, S, S];
+        image_start: column of the first image slot, one for all rows or one for each (None or -1: no image).
+        """
+        layout, embeds = self._from_ids(input_ids, pixels, image_start)
+        return self.backend.logits(layout, embeds)
+
+    def generate_ids(
+        self,
+        input_ids: ArrayLike,
+        pixels: ArrayLike | None = None,
+        image_start: int | Sequence[int | None] | None = None,
+        *,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        **generation: Any,
+    ) -> list[list[int]]:
+        """The new ids of each row, eos not included; arguments as for `logits`, options of `GenerationConfig`."""
+        config = GenerationConfig.from_options(max_new_tokens=max_new_tokens, **generation)
+        layout, embeds = self._from_ids(input_ids, pixels, image_start)
+        return generate_ids(self.backend, layout, embeds, config)
+
+    def prompt(
+        self,
+        question: str,
+        *,
+        history: Sequence[Turn] = (),
+        has_image: bool,
+        language: Language = "auto",
+        config: GenerationConfig,
+    ) -> Prompt:
+        """The prompt for a question; tells in `dropped_turns` how much history did not fit."""
+        text = self.config.text
+        return build_prompt(
+            self.tokenizer,
+            question,
+            history=history,
+            has_image=has_image,
+            language=language,
+            image_length=self.config.qformer.num_query_tokens,
+            pad_id=text.pad_token_id,
+            gmask_id=text.gmask_token_id,
+            bos_id=text.bos_token_id,
+            max_sequence_length=text.max_sequence_length,
+            max_new_tokens=config.max_new_tokens,
+        )
+
+    def _stream(self, prompt: Prompt, embeds: Sequence[ImageEmbeds], config: GenerationConfig) -> Iterator[str]:
+        answer = AnswerStream(self.tokenizer, config.stop)
+        decoding = Decoding(self.backend, self._layout([prompt]), embeds, config)
+        for pairs in decoding:
+            for row, token in pairs:
+                if piece := answer.push(token):
+                    yield piece
+                if answer.stopped:
+                    decoding.stop(row)
+        if rest := answer.flush():
+            yield rest
+
+    def _answer(
+        self, prompts: Sequence[Prompt], embeds: Sequence[ImageEmbeds], config: GenerationConfig
+    ) -> list[Reply]:
+        streams = [AnswerStream(self.tokenizer, config.stop) for _ in prompts]
+        pieces: list[list[str]] = [[] for _ in prompts]
+        counts = [0] * len(prompts)
+        decoding = Decoding(self.backend, self._layout(prompts), embeds, config)
+        for pairs in decoding:
+            for row, token in pairs:
+                counts[row] += 1
+                pieces[row].append(streams[row].push(token))
+                if streams[row].stopped:
+                    decoding.stop(row)
+        return [
+            Reply("".join(parts) + stream.flush(), len(prompt.input_ids), count, prompt.dropped_turns)
+            for parts, stream, prompt, count in zip(pieces, streams, prompts, counts, strict=True)
+        ]
+
+    def _layout(self, prompts: Sequence[Prompt]) -> Layout:
+        return pad_batch(
+            [prompt.input_ids for prompt in prompts],
+            [prompt.image_start for prompt in prompts],
+            pad_token_id=self.config.text.pad_token_id,
+            bos_token_id=self.config.text.bos_token_id,
+        )
+
+    def _pixels(self, image: str | Path | bytes | Image.Image | NDArray[Any]) -> NDArray[np.float32]:
+        picture = load_image(image, self.image_limits, allow_urls=self.allow_urls)
+        return preprocess(picture, self.config.vision.image_size)
+
+    def _from_ids(
+        self, input_ids: ArrayLike, pixels: ArrayLike | None, image_start: int | Sequence[int | None] | None
+    ) -> tuple[Layout, list[ImageEmbeds]]:
+        text, vision = self.config.text, self.config.vision
+        ids = np.asarray(input_ids)
+        if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+            raise PromptError(f"input_ids must be integers [batch, seq], not {ids.dtype} {list(ids.shape)}.")
+        if ids.min() < 0 or ids.max() >= text.vocab_size:
+            raise PromptError(f"input_ids must lie in 0 … {text.vocab_size - 1}; found {ids.min()} … {ids.max()}.")
+        if ids.shape[1] > text.max_sequence_length:
+            raise PromptError(
+                f"input_ids have {ids.shape[1]} columns, the model's window is {text.max_sequence_length}; shorten them."
+            )
+        layout = layout_from_ids(
+            ids.astype(np.int64),
+            pad_token_id=text.pad_token_id,
+            bos_token_id=text.bos_token_id,
+            image_start=image_start,
+        )
+        images = np.zeros((0, vision.in_channels, vision.image_size, vision.image_size), np.float32)
+        if pixels is not None:
+            images = np.asarray(pixels, np.float32)
+        self._check_images(layout, images)
+        return layout, self.backend.encode_images(images) if len(images) else []
+
+    def _check_images(self, layout: Layout, images: NDArray[np.float32]) -> None:
+        size, slots = self.config.vision.image_size, self.config.qformer.num_query_tokens
+        expected = (int((layout.image_starts >= 0).sum()), self.config.vision.in_channels, size, size)
+        if images.shape != expected:
+            raise PromptError(
+                f"pixels must be float32 {list(expected)} (one image for each row with an image_start), "
+                f"not {list(images.shape)}."
+            )
+        ends = layout.image_starts + slots
+        if ((layout.image_starts >= 0) & (ends > layout.pad_lengths + layout.context_lengths)).any():
+            raise PromptError(f"image_start leaves no room for the {slots} image slots before <sop>; check its column.")

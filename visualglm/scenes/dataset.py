@@ -1,0 +1,187 @@
+"""Training batches of drawn scenes. A batch is a function of (seed, step), so nothing is stored and any step can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visualglm.config import VisualGLMConfig
+from visualglm.processing.image import preprocess
+from visualglm.processing.layout import Layout, pad_batch
+from visualglm.processing.prompt import build_prompt
+from visualglm.processing.tokenizer import Tokenizer
+from visualglm.scenes.draw import draw_scene
+from visualglm.scenes.questions import ask_about, place_of
+from visualglm.scenes.scene import CANVAS, COLORS, MAX_SHAPES, SHAPES, SIZES, TEXTURES, Label, Scene, make_scene
+from visualglm.scenes.wording import KINDS, LANGUAGES, NO_PICTURE, TEXT_ONLY, Language
+
+IGNORED_LABEL = -100
+HELD_OUT_SEEDS = 1 << 40  # scenes from this seed on are never trained on
+CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MAX_CHARACTERS = 4
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one padded forward pass. `scene_index` [rows] is the scene of each row, or -1 for a text-only row."""
+
+    layout: Layout
+    labels: Ints
+    scene_index: Ints
+
+
+@dataclass(frozen=True)
+class SceneBatch:
+    """pixels: float32 [scenes, 3, S, S]; rows: padded groups of like length; patch_targets, slot_targets: see below."""
+
+    pixels: NDArray[np.float32]
+    rows: tuple[Rows, ...]
+    patch_targets: Ints
+    slot_targets: Ints
+
+
+@dataclass(frozen=True)
+class _Row:
+    ids: tuple[int, ...]
+    image_start: int | None
+    context: int
+    scene: int
+
+
+class SceneBatches:
+    """Batch number `step` by indexing.
+
+    Each scene is asked to be described and `questions` things more, each in a random language; some rows carry an
+    earlier turn, and a few have no image.
+    """
+
+    def __init__(
+        self, config: VisualGLMConfig, tokenizer: Tokenizer, *, steps: int, scenes: int, questions: int, seed: int
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.steps = steps
+        self.scenes = scenes
+        self.questions = questions
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> SceneBatch:
+        rng = np.random.default_rng([self.seed, step])
+        scenes = [make_scene(int(seed)) for seed in rng.integers(HELD_OUT_SEEDS, size=self.scenes)]
+        rows = [row for index, scene in enumerate(scenes) for row in self._scene_rows(scene, index, rng)]
+        rows += [self._text_only_row(rng) for _ in range(max(1, len(rows) // 50))]
+        rows.sort(key=lambda row: len(row.ids))
+        cuts = [0, int(0.5 * len(rows)), int(0.8 * len(rows)), len(rows)]
+        size = self.config.vision.image_size
+        return SceneBatch(
+            np.stack([preprocess(draw_scene(scene), size) for scene in scenes]),
+            tuple(self._pad(rows[start:stop]) for start, stop in zip(cuts, cuts[1:], strict=False)),
+            np.stack([patch_targets(scene, size // self.config.vision.patch_size) for scene in scenes]),
+            np.stack([slot_targets(scene) for scene in scenes]),
+        )
+
+    def _scene_rows(self, scene: Scene, index: int, rng: np.random.Generator) -> list[_Row]:
+        kinds = ["describe", *rng.choice(KINDS[1:], self.questions)]
+        rows = []
+        for kind in kinds:
+            language = LANGUAGES[int(rng.integers(2))]
+            asked = ask_about(scene, kind, language, rng) or ask_about(scene, "exists", language, rng)
+            earlier = ask_about(scene, KINDS[int(rng.integers(len(KINDS)))], language, rng) if rng.random() < 0.1 else None
+            if asked is not None:
+                history = [(earlier.question, earlier.answer)] if earlier is not None else []
+                rows.append(self._row(asked.question, asked.answer, history, language, index))
+        return rows
+
+    def _text_only_row(self, rng: np.random.Generator) -> _Row:
+        language = LANGUAGES[int(rng.integers(2))]
+        if rng.random() < 0.5:
+            question, answer = TEXT_ONLY[language][int(rng.integers(len(TEXT_ONLY[language])))]
+        else:
+            kind = KINDS[int(rng.integers(len(KINDS)))]
+            asked = ask_about(make_scene(int(rng.integers(HELD_OUT_SEEDS))), kind, language, rng)
+            question, answer = (asked.question if asked else "?"), NO_PICTURE[language]
+        return self._row(question, answer, [], language, -1)
+
+    def _row(
+        self, question: str, answer: str, history: Sequence[tuple[str, str]], language: Language, scene: int
+    ) -> _Row:
+        text = self.config.text
+        prompt = build_prompt(
+            self.tokenizer,
+            question,
+            history=history,
+            has_image=scene >= 0,
+            language=language,
+            image_length=self.config.qformer.num_query_tokens,
+            pad_id=text.pad_token_id,
+            gmask_id=text.gmask_token_id,
+            bos_id=text.bos_token_id,
+            max_sequence_length=text.max_sequence_length,
+            max_new_tokens=64,
+        )
+        ids = (*prompt.input_ids, *self.tokenizer.encode(answer), text.eos_token_id)
+        return _Row(ids, prompt.image_start, len(prompt.input_ids) - 1, scene)
+
+    def _pad(self, rows: Sequence[_Row]) -> Rows:
+        text = self.config.text
+        layout = pad_batch(
+            [row.ids for row in rows],
+            [row.image_start for row in rows],
+            pad_token_id=text.pad_token_id,
+            bos_token_id=text.bos_token_id,
+        )
+        columns = np.arange(layout.sequence_length)
+        answers = columns >= (layout.pad_lengths + layout.context_lengths)[:, None]
+        labels = np.where(answers, layout.input_ids, IGNORED_LABEL)
+        return Rows(layout, labels, np.array([row.scene for row in rows], np.int64))
+
+
+# --- what the drawing knows: extra targets that teach the eye to see before the decoder can talk ----------------------
+
+PATCH_CLASSES = (len(SHAPES) + 1, len(COLORS) + 1, len(SIZES) + 1, len(CHARACTERS) + 1)
+SHAPE_CLASSES = (*PATCH_CLASSES[:3], 10)
+SLOT_CLASSES = (*SHAPE_CLASSES * MAX_SHAPES, *(len(CHARACTERS) + 1,) * MAX_CHARACTERS, len(TEXTURES))
+
+
+def patch_targets(scene: Scene, grid: int) -> Ints:
+    """[grid * grid, 4]: kind, colour and size of the shape over each patch, and the character in it; 0 is none."""
+    edge = CANVAS / grid
+    y, x = (np.mgrid[0:grid, 0:grid] + 0.5) * edge
+    targets = np.zeros((grid, grid, 4), np.int64)
+    for shape in scene.shapes:
+        covered = np.hypot(x - shape.x, y - shape.y) < max(shape.radius, 0.72 * edge)
+        targets[covered, :3] = _attributes(shape.kind, shape.color, shape.size)
+    if scene.label is not None:
+        for character, center in zip(scene.label.text, _character_centers(scene.label), strict=True):
+            row, column = int(scene.label.y // edge), int(np.clip(center // edge, 0, grid - 1))
+            targets[row, column, 3] = 1 + CHARACTERS.index(character)
+    return targets.reshape(grid * grid, 4)
+
+
+def slot_targets(scene: Scene) -> Ints:
+    """[len(SLOT_CLASSES)]: attributes and place of each shape from left to right, the label's characters, the texture."""
+    shapes = np.zeros((MAX_SHAPES, 4), np.int64)
+    for index, shape in enumerate(scene.shapes):
+        column, row = place_of(shape)
+        shapes[index] = (*_attributes(shape.kind, shape.color, shape.size), 1 + 3 * row + column)
+    characters = np.zeros(MAX_CHARACTERS, np.int64)
+    text = scene.label.text if scene.label is not None else ""
+    characters[: len(text)] = [1 + CHARACTERS.index(character) for character in text]
+    return np.concatenate([shapes.ravel(), characters, [TEXTURES.index(scene.texture)]])
+
+
+def _attributes(kind: str, color: str, size: str) -> tuple[int, int, int]:
+    return 1 + SHAPES.index(kind), 1 + COLORS.index(color), 1 + SIZES.index(size)
+
+
+def _character_centers(label: Label) -> list[float]:
+    width = 0.62 * label.height * len(label.text)
+    return [label.x + width * ((index + 0.5) / len(label.text) - 0.5) for index in range(len(label.text))]
