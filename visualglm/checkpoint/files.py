@@ -1,0 +1,221 @@
+"""Files and folders that appear under their name whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from visualglm.checkpoint.tensors import PIECE_BYTES, Piece
+from visualglm.errors import CheckpointError
+
+if sys.platform != "win32":
+    import fcntl
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises `CheckpointError` if it is missing, a git-lfs pointer or no JSON object."""
+    require_file(path)
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} holds no valid JSON ({error}); get it again.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold one JSON object; get it again.")
+    return values
+
+
+def require_folder(path: Path) -> None:
+    """Raises `CheckpointError` unless `path` is a folder."""
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file; give the folder that holds the checkpoint.")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist; give the folder that holds the checkpoint.")
+
+
+def require_file(path: Path) -> None:
+    """Raises `CheckpointError` unless `path` is a file of its own, not a git-lfs pointer to one."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; get the checkpoint again, or convert it again.")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
+    if start == _LFS_POINTER:
+        raise CheckpointError(
+            f"{path} is only a git-lfs pointer, not the file itself; run `git lfs pull` where it came from, "
+            "or download the file by hand."
+        )
+
+
+def find_file(folder: Path, name: str) -> Path | None:
+    """The file `name` in `folder`, if it is there; raises `CheckpointError` if it is only a git-lfs pointer."""
+    path = folder / name
+    if not path.exists():
+        return None
+    require_file(path)
+    return path
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether `name` names something directly inside a folder, on any system."""
+    return name not in ("", ".", "..") and not any(char in name for char in "/\\:\0")
+
+
+def file_pieces(path: Path) -> Iterator[bytes]:
+    """The bytes of a file; raises `CheckpointError` if it cannot be read."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while piece := file.read(PIECE_BYTES):
+                yield piece
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
+
+
+def hash_pieces(pieces: Iterable[Piece]) -> str:
+    """SHA-256 of `pieces` in hex."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_file(path: Path, pieces: Iterable[Piece]) -> str:
+    """Write `pieces` to a new file, down to the disk; returns their SHA-256 in hex."""
+    digest = hashlib.sha256()
+    with open(path, "xb", buffering=0) as file:
+        for piece in pieces:
+            _write_all(file.fileno(), piece)
+            digest.update(piece)
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+@contextmanager
+def staged_folder(output: Path, *, needed_bytes: int, force: bool, markers: Sequence[str]) -> Iterator[Path]:
+    """A folder to fill, which becomes `output` when the block ends well and is deleted when it does not.
+
+    It lies beside `output`. A folder that is not empty is replaced only if `force` is set and it holds one of
+    `markers`. What a killed process has left is cleared by the next one. Raises `CheckpointError` if `output` cannot
+    be written, the disk has less than `needed_bytes` to spare or fills up.
+    """
+    output = output.resolve()
+    _check_output(output, force, markers)
+    _check_space(output.parent, needed_bytes)
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        with _locked_folder(partial):
+            try:
+                _clear(partial)
+                yield partial
+                _sync_folders(partial, *(path for path in partial.iterdir() if path.is_dir()))
+                _put_in_place(partial, output)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+    except OSError as error:
+        raise CheckpointError(_writing_failed(output, error)) from error
+
+
+def _write_all(descriptor: int, piece: Piece) -> None:
+    view = memoryview(piece)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _check_output(output: Path, force: bool, markers: Sequence[str]) -> None:
+    if not output.parent.is_dir():
+        raise CheckpointError(f"{output.parent} does not exist; create the folder {output.name} shall lie in.")
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise CheckpointError(f"{output} is a file; give the name of a new folder.")
+    if os.path.ismount(output):
+        raise CheckpointError(f"{output} is a mount point, which cannot be replaced; give a new folder inside it.")
+    if not any(output.iterdir()):
+        return
+    if not force:
+        raise CheckpointError(f"{output} is not empty; give another folder, or --force to replace it.")
+    if not any((output / marker).is_file() for marker in markers):
+        raise CheckpointError(f"{output} is not empty and holds no {' or '.join(markers)}; it is not replaced.")
+
+
+def _check_space(folder: Path, needed_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise CheckpointError(
+            f"Writing needs {needed_bytes / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free; "
+            "make room or give a folder on another disk."
+        )
+
+
+@contextmanager
+def _locked_folder(folder: Path) -> Iterator[None]:
+    """Create `folder` if need be, and hold it against other processes as long as this one lives."""
+    folder.mkdir(exist_ok=True)
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CheckpointError(f"Another process is writing {folder}; wait for it, or give another folder.") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _clear(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _sync_folders(*folders: Path) -> None:
+    """Bring the names in `folders` down to the disk, where a system can do that."""
+    if sys.platform == "win32":
+        return
+    for folder in folders:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _put_in_place(partial: Path, output: Path) -> None:
+    replaced = output.with_name(f".{output.name}.replaced")
+    if output.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        output.rename(replaced)
+    try:
+        partial.rename(output)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(output)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+    _sync_folders(output.parent)
+
+
+def _writing_failed(output: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"The disk is full: {output} could not be written and nothing of it is left; make room and try again."
+    return f"{output} could not be written ({error.strerror}) and nothing of it is left."
