@@ -9,7 +9,7 @@ import re
 import stat
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -121,10 +121,8 @@ def _data_url_bytes(url: str, limits: ImageLimits) -> bytes:
 
 
 def _url_bytes(url: str, scheme: str, limits: ImageLimits, allow_urls: bool) -> bytes:
-    if scheme.lower() not in ("http", "https"):
-        raise ImageError(
-            f"The image at {_short(url)} has a {scheme}: address; give a path, a data: URL or image bytes."
-        )
+    if scheme.lower() not in ("http", "https") or not url.isprintable():
+        raise ImageError(f"The image at {_short(url)} is no http(s) address; give a path, a data: URL or image bytes.")
     if not allow_urls:
         raise ImageError(
             f"The image at {_short(url)} was not fetched, because URLs are not allowed; "
@@ -150,7 +148,7 @@ def _decode(data: bytes, name: str, limits: ImageLimits) -> Image.Image:
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
     except _BOMBS as error:
-        raise _too_many_pixels(name, "more pixels", limits) from error
+        raise _bomb(name, error, limits) from error
     except _DECODER_ERRORS as error:
         raise ImageError(f"{name} is {_what_instead(data)}.") from error
     return _finish(image, name, limits)
@@ -174,7 +172,7 @@ def _finish(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
         rgb = _to_rgb(image, name)
         return rgb if turn is None else rgb.transpose(turn)
     except _BOMBS as error:
-        raise _too_many_pixels(name, "more pixels", limits) from error
+        raise _bomb(name, error, limits) from error
     except _DECODER_ERRORS as error:
         raise ImageError(f"{name} is damaged or cut short ({error}); save or download it again.") from error
 
@@ -208,6 +206,13 @@ def _check_pixels(width: int, height: int, name: str, limits: ImageLimits) -> No
         raise ImageError(f"{name} is {width}×{height} and has no pixels; give an image of at least 1×1.")
     if width * height > limits.max_pixels:
         raise _too_many_pixels(name, f"{width}×{height} pixels", limits)
+
+
+def _bomb(name: str, error: Exception, limits: ImageLimits) -> ImageError:
+    """Pillow's own refusal, from the header too; it tells the number of pixels and its limit."""
+    figures = [int(figure) for figure in re.findall(r"\d+", str(error))]
+    pixels, pillow_limit = figures if len(figures) == 2 else ("too many", limits.max_pixels)
+    return _too_many_pixels(name, f"{pixels} pixels", replace(limits, max_pixels=min(limits.max_pixels, pillow_limit)))
 
 
 def _too_many_pixels(name: str, what: str, limits: ImageLimits) -> ImageError:
