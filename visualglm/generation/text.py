@@ -9,7 +9,7 @@ from visualglm.processing.tokenizer import StreamDecoder, Tokenizer
 
 
 class StopFinder:
-    """Lets text through up to the first stop string; holds back what may be the start of one."""
+    """Lets text through up to the stop string that is complete first; holds back what may be the start of one."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = stop
@@ -20,10 +20,11 @@ class StopFinder:
         if self.found or not self._stop:
             return "" if self.found else text
         self._held += text
-        ends = [index for index in (self._held.find(stop) for stop in self._stop) if index >= 0]
-        if ends:
+        # The first to be complete, not the first to begin: so the text does not depend on the pieces it came in.
+        found = [(start + len(stop), start) for stop in self._stop if (start := self._held.find(stop)) >= 0]
+        if found:
             self.found = True
-            return self._held[: min(ends)]
+            return self._held[: min(found)[1]]
         keep = max(_overlap(self._held, stop) for stop in self._stop)
         safe, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return safe
