@@ -25,18 +25,18 @@ class Sampler:
 
     def next_token(self, logits: NDArray[np.float32]) -> int:
         """The token that follows, from float32 logits [vocab]. Raises `VisualGLMError` if they are not finite."""
-        scores = self._penalised(logits)
-        token = self._draw(scores) if self._config.samples else int(scores.argmax())
-        if not np.isfinite(logits[token]):
+        if not np.isfinite(logits).all():
             raise VisualGLMError(
                 "The model's output is not a finite number, as happens when float16 overflows; "
                 "load it in bfloat16 or float32."
             )
+        scores = self._penalised(logits)
+        token = self._draw(scores) if self._config.samples else int(scores.argmax())
         self._seen.add(token)
         return token
 
     def _penalised(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Suppressed tokens, and the repetition penalty (Keskar et al. 2019): scores of seen tokens are made smaller."""
+        """Suppressed tokens, and the repetition penalty (Keskar et al. 2019): lower scores for seen tokens."""
         penalty = self._config.repetition_penalty
         if penalty == 1.0 and not self._config.suppress_tokens:
             return logits
@@ -49,25 +49,25 @@ class Sampler:
     def _draw(self, scores: NDArray[np.float32]) -> int:
         temperature = 1.0 if self._config.temperature is None else self._config.temperature
         order = top_tokens(scores, self._config.top_k)
-        probabilities = softmax(scores[order].astype(np.float64) / temperature)
+        probabilities = softmax(scores[order].astype(np.float64), temperature)
         kept = nucleus_size(probabilities, self._config.top_p)
         cumulative = probabilities[:kept].cumsum()
-        return int(order[np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right")])
+        return int(order[np.searchsorted(cumulative, self._rng.random() * cumulative[-1])])
 
 
 def top_tokens(scores: NDArray[np.float32], top_k: int) -> NDArray[np.int64]:
     """The tokens of the `top_k` highest scores (all, where top_k is 0), the highest first."""
-    if 0 < top_k < len(scores):
-        best = np.argpartition(scores, -top_k)[-top_k:]
-    else:
-        best = np.arange(len(scores))
+    best = np.argpartition(scores, -top_k)[-top_k:] if 0 < top_k < len(scores) else np.arange(len(scores))
     order: NDArray[np.int64] = best[np.argsort(-scores[best], kind="stable")]
     return order
 
 
-def softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    exponentials: NDArray[np.float64] = np.exp(scores - scores.max())
-    return exponentials / exponentials.sum()
+def softmax(scores: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
+    """Probabilities of `scores` divided by a temperature above 0, however small."""
+    with np.errstate(over="ignore"):  # a quotient of -inf is a probability of 0
+        exponentials = np.exp((scores - scores.max()) / temperature)
+    probabilities: NDArray[np.float64] = exponentials / exponentials.sum()
+    return probabilities
 
 
 def nucleus_size(probabilities: NDArray[np.float64], top_p: float) -> int:
