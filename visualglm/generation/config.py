@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -23,11 +23,11 @@ class GenerationConfig(BaseModel):
     temperature: float | None = Field(None, ge=0.0, le=100.0, allow_inf_nan=False)
     top_k: int = Field(0, ge=0)
     top_p: float = Field(1.0, gt=0.0, le=1.0)
-    repetition_penalty: float = Field(1.0, gt=0.0, allow_inf_nan=False)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100.0)
     seed: int | None = Field(None, ge=0)
     stop: tuple[str, ...] = ()
     eos_token_id: int | None = Field(None, ge=0)
-    suppress_tokens: tuple[int, ...] = ()
+    suppress_tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
 
     @field_validator("stop", mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""The decoding loop, written once for all backends: prefill, then a step a token, on a batch that shrinks as rows end."""
+"""The decoding loop, written once for all backends: prefill, then a step a token; rows that end leave the batch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from visualglm.backends.base import Backend, ImageEmbeds
-from visualglm.errors import PromptError
+from visualglm.config import TextConfig
+from visualglm.errors import ConfigError, PromptError
 from visualglm.generation.config import GenerationConfig
 from visualglm.generation.sampling import Sampler
 from visualglm.processing.layout import Layout
@@ -17,13 +18,15 @@ class Decoding:
     """One batch under way. Iterate over it for the (row, token) pairs of each step; `stop(row)` ends a row early.
 
     A row that has ended (by eos, by `stop` or by max_new_tokens) leaves the batch and costs nothing more.
-    Raises `PromptError` if prompt and answer would not fit the model's window.
+    Raises `PromptError` if prompt and answer would not fit the model's window, `ConfigError` if the options name
+    tokens that the model does not have or leave it none.
     """
 
     def __init__(
         self, backend: Backend, layout: Layout, image_embeds: Sequence[ImageEmbeds], config: GenerationConfig
     ) -> None:
         text = backend.config.text
+        _check_tokens(config, text)
         needed = layout.sequence_length + config.max_new_tokens
         if needed > text.max_sequence_length:
             raise PromptError(
@@ -51,7 +54,8 @@ class Decoding:
         capacity = layout.sequence_length + self._config.max_new_tokens - 1
         logits, cache = self._backend.prefill(layout, self._image_embeds, capacity)
         for remaining in reversed(range(self._config.max_new_tokens)):
-            tokens = np.array([self._samplers[row].next_token(row_logits) for row, row_logits in zip(rows, logits, strict=True)])
+            samplers = [self._samplers[row] for row in rows]
+            tokens = np.array([sampler.next_token(scores) for sampler, scores in zip(samplers, logits, strict=True)])
             yield [(int(row), int(token)) for row, token in zip(rows, tokens, strict=True) if token != self._eos]
             going = np.flatnonzero((tokens != self._eos) & ~np.isin(rows, list(self._stopped)))
             if not remaining or not len(going):
@@ -60,6 +64,15 @@ class Decoding:
                 cache.keep_rows(going)
                 layout, rows, tokens = layout.keep_rows(going), rows[going], tokens[going]
             logits = self._backend.step(tokens, layout, cache)
+
+
+def _check_tokens(config: GenerationConfig, text: TextConfig) -> None:
+    eos = () if config.eos_token_id is None else (config.eos_token_id,)
+    beyond = [token for token in (*config.suppress_tokens, *eos) if token >= text.vocab_size]
+    if beyond:
+        raise ConfigError(f"The token {beyond[0]} does not exist: the model's tokens are 0 … {text.vocab_size - 1}.")
+    if len(set(config.suppress_tokens)) == text.vocab_size:
+        raise ConfigError("suppress_tokens names every token of the model, so that none is left; name fewer.")
 
 
 def generate_ids(
