@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,11 +55,10 @@ class Layout:
 
     def text_ids(self, row: int, image_length: int) -> NDArray[np.int64]:
         """The ids of a row that stand for text: neither padding nor image slots."""
-        ids, start = self.input_ids[row], int(self.image_starts[row])
-        first = int(self.pad_lengths[row])
-        if start == NO_IMAGE:
-            return ids[first:]
-        return np.concatenate([ids[first:start], ids[start + image_length :]])
+        columns, start = np.arange(self.sequence_length), self.image_starts[row]
+        is_slot = (columns >= start) & (columns < start + image_length) & (start != NO_IMAGE)
+        ids: NDArray[np.int64] = self.input_ids[row][(columns >= self.pad_lengths[row]) & ~is_slot]
+        return ids
 
     def attention_mask(self) -> NDArray[np.bool_]:
         """What each column of the prompt sees: [batch, seq, seq], True where visible.
@@ -83,7 +83,7 @@ def layout_from_ids(
     """Find the padding and the context of each row of `input_ids` [batch, seq].
 
     Leading pads are padding, except from the row's `image_start` on, where they may be image slots.
-    Raises `PromptError` if a row has no `<sop>`.
+    Raises `PromptError` if a row has no `<sop>`, or `image_start` is not one column, or one for each row.
     """
     batch, length = input_ids.shape
     starts = _image_starts(image_start, batch)
@@ -124,8 +124,14 @@ def pad_batch(
 
 
 def _image_starts(image_start: int | Sequence[int | None] | None, batch: int) -> NDArray[np.int64]:
-    if image_start is None or isinstance(image_start, int):
-        image_start = [image_start] * batch
-    if len(image_start) != batch:
-        raise PromptError(f"image_start names {len(image_start)} rows, but input_ids has {batch}; give one for each row.")
-    return np.array([NO_IMAGE if start is None or start < 0 else start for start in image_start], np.int64)
+    given = np.array(image_start, dtype=object)  # integers of any library, and None
+    if given.ndim == 0:
+        given = np.repeat(given, batch)
+    if given.shape != (batch,):
+        raise PromptError(f"image_start names {len(given)} rows, but input_ids has {batch}; give one for each row.")
+    try:
+        return np.array([NO_IMAGE if start is None else max(index(start), NO_IMAGE) for start in given], np.int64)
+    except (TypeError, OverflowError) as error:
+        raise PromptError(
+            f"image_start is {image_start!r}; give one column or one for each row, as integers, or None for no image."
+        ) from error
