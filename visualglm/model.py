@@ -13,7 +13,7 @@ from PIL import Image
 
 from visualglm.backends.base import Backend, ImageEmbeds
 from visualglm.config import VisualGLMConfig
-from visualglm.errors import PromptError, TokenizerError
+from visualglm.errors import ImageError, PromptError, TokenizerError
 from visualglm.generation.config import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
 from visualglm.generation.decoding import Decoding, generate_ids
 from visualglm.generation.text import AnswerStream
@@ -126,7 +126,7 @@ class VisualGLM:
         if batch_size < 1:
             raise PromptError(f"batch_size is {batch_size}, but a batch has at least one row; give 1 or more.")
         config = GenerationConfig.from_options(**generation)
-        rows = list(pairs)
+        rows = [_pair(row, number) for number, row in enumerate(pairs, 1)]
         prompts = [
             self.prompt(question, has_image=image is not None, language=language, config=config)
             for image, question in rows
@@ -146,6 +146,9 @@ class VisualGLM:
 
     def encode_images(self, images: Sequence[ImageSource]) -> list[ImageEmbeds]:
         """Encode several images in one pass; those encoded already are handed through."""
+        for image in images:
+            if isinstance(image, ImageEmbeds):
+                self._check_embeds(image)
         fresh = [self._pixels(image) for image in images if not isinstance(image, ImageEmbeds)]
         encoded = iter(self.backend.encode_images(np.stack(fresh)) if fresh else ())
         return [image if isinstance(image, ImageEmbeds) else next(encoded) for image in images]
@@ -249,14 +252,15 @@ class VisualGLM:
         self, input_ids: ArrayLike, pixels: ArrayLike | None, image_start: int | Sequence[int | None] | None
     ) -> tuple[Layout, list[ImageEmbeds]]:
         text, vision = self.config.text, self.config.vision
-        ids = np.asarray(input_ids)
+        ids = _array(input_ids, "input_ids")
         if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
             raise PromptError(f"input_ids must be integers [batch, seq], not {ids.dtype} {list(ids.shape)}.")
         if ids.min() < 0 or ids.max() >= text.vocab_size:
             raise PromptError(f"input_ids must lie in 0 … {text.vocab_size - 1}; found {ids.min()} … {ids.max()}.")
         if ids.shape[1] > text.max_sequence_length:
             raise PromptError(
-                f"input_ids have {ids.shape[1]} columns, the model's window is {text.max_sequence_length}; shorten them."
+                f"input_ids have {ids.shape[1]} columns, but the model's window is {text.max_sequence_length}; "
+                "shorten them."
             )
         layout = layout_from_ids(
             ids.astype(np.int64),
@@ -266,7 +270,7 @@ class VisualGLM:
         )
         images = np.zeros((0, vision.in_channels, vision.image_size, vision.image_size), np.float32)
         if pixels is not None:
-            images = np.asarray(pixels, np.float32)
+            images = _array(pixels, "pixels", np.float32)
         self._check_images(layout, images)
         return layout, self.backend.encode_images(images) if len(images) else []
 
@@ -278,6 +282,28 @@ class VisualGLM:
                 f"pixels must be float32 {list(expected)} (one image for each row with an image_start), "
                 f"not {list(images.shape)}."
             )
-        ends = layout.image_starts + slots
-        if ((layout.image_starts >= 0) & (ends > layout.pad_lengths + layout.context_lengths)).any():
+        last_start = layout.pad_lengths + layout.context_lengths - slots
+        if ((layout.image_starts >= 0) & (layout.image_starts > last_start)).any():
             raise PromptError(f"image_start leaves no room for the {slots} image slots before <sop>; check its column.")
+
+    def _check_embeds(self, image: ImageEmbeds) -> None:
+        expected = (self.config.qformer.num_query_tokens, self.config.text.hidden_size)
+        if image.array.shape != expected:
+            raise ImageError(
+                f"The encoded image is {list(image.array.shape)} and this model's are {list(expected)}: "
+                "it was encoded by another model; encode it with this one."
+            )
+
+
+def _array(values: ArrayLike, name: str, dtype: type[np.generic] | None = None) -> NDArray[Any]:
+    """`values` as a plain array in memory of its own order, which every backend takes."""
+    try:
+        return np.require(values, dtype, ["C", "W"])
+    except (ValueError, TypeError) as error:
+        raise PromptError(f"{name} cannot be read as an array ({error}); give one of numbers.") from error
+
+
+def _pair(row: tuple[ImageSource | None, str], number: int) -> tuple[ImageSource | None, str]:
+    if not isinstance(row, tuple | list) or len(row) != 2:
+        raise PromptError(f"Row {number} of the batch is not a pair; give (image, question), with None for no image.")
+    return row[0], row[1]
