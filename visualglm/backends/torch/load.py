@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import get_args
 
@@ -16,6 +17,7 @@ from visualglm.errors import DeviceError
 from visualglm.memory import available_memory, estimate_memory, require_memory
 from visualglm.parameters import parameter_count
 
+_DEVICE = re.compile(r"cpu|mps|(cuda|npu)(:\d+)?")
 # Below this size exact float32 costs nothing worth saving.
 _SMALL_MODEL = 100_000_000
 
@@ -34,9 +36,11 @@ def load_torch_backend(directory: ModelDirectory, device: str = "auto", dtype: s
 
 
 def choose_device(name: str) -> torch.device:
-    """"auto" is the first CUDA device, or else the CPU."""
+    """The device of that name; for "auto" the first CUDA device, or else the CPU."""
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if not _DEVICE.fullmatch(name):
+        raise DeviceError(f"The device {name!r} is unknown; give auto, cpu, cuda, cuda:1, mps or npu.")
     if name.startswith("npu"):
         _import_npu()
     try:
@@ -50,7 +54,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, config: VisualGLMConfig, device: torch.device) -> DType:
-    """"auto" is float32 for a small model; else the weights' own, but bfloat16 on a CPU, which is slow at float16."""
+    """The precision of that name; "auto" is float32 for a small model, and for others that of the weights.
+
+    On a CPU, which is slow at float16, bfloat16 takes its place.
+    """
     if name == "auto":
         if parameter_count(config) < _SMALL_MODEL:
             return "float32"
