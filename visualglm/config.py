@@ -14,7 +14,7 @@ DType = Literal["float32", "float16", "bfloat16"]
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 def _require_divisible(what: str, size: int, by: str, divisor: int) -> None:
@@ -105,7 +105,11 @@ class TextConfig(_Config):
     @model_validator(mode="after")
     def _check(self) -> Self:
         _require_divisible("text.hidden_size", self.hidden_size, "text.num_attention_heads", self.num_attention_heads)
-        _require_divisible("the width of a text attention head", self.head_dim, "4 (two rotary halves)", 4)
+        if self.head_dim % 4:
+            raise ValueError(
+                f"the width of a text attention head, {self.head_dim}, is not a multiple of 4, "
+                "as its two rotary halves of pairs need"
+            )
         for name in ("pad", "mask", "gmask", "bos", "eos"):
             token_id = getattr(self, f"{name}_token_id")
             if token_id >= self.vocab_size:
