@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
+from pathlib import Path
 
 import psutil
 
@@ -13,6 +15,7 @@ from visualglm.parameters import parameter_count
 BYTES_PER_ELEMENT: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Activations of one prompt, the tables, and the libraries themselves.
 _WORKING_BYTES = 600 * 2**20
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,19 @@ def estimate_memory(config: VisualGLMConfig, dtype: DType, *, batch_size: int = 
 
 
 def available_memory() -> int:
-    """Bytes of main memory that can be had without swapping."""
-    return int(psutil.virtual_memory().available)
+    """Bytes of main memory that can be had without swapping; in a container, no more than its limit leaves."""
+    return int(min(psutil.virtual_memory().available, container_memory(_CGROUP)))
+
+
+def container_memory(cgroup: Path) -> float:
+    """Bytes that the memory limit of a container leaves, infinity without one."""
+    try:
+        limit, used = ((cgroup / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        # Files that were read count as used, but are given up first.
+        return int(limit) - int(used) + int(statistics["inactive_file"])
+    except (OSError, ValueError, KeyError):
+        return inf  # no control group of version 2, or its limit is the word "max"
 
 
 def require_memory(estimate: MemoryEstimate, available: int, where: str) -> None:
