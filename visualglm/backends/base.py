@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,8 +57,11 @@ class Backend(Protocol):
         """
         ...
 
-    def step(self, token_ids: NDArray[np.int64], layout: Layout, cache: KVCache) -> NDArray[np.float32]:
-        """One token a row, [batch], in the column after those of the cache → logits [batch, vocab]."""
+    def step(self, token_ids: NDArray[np.int64], layout: Layout, cache: Any) -> NDArray[np.float32]:
+        """One token a row, [batch], in the column after those of the cache → logits [batch, vocab].
+
+        `cache` is what this backend's `prefill` gave; no other backend's will do.
+        """
         ...
 
     def logits(self, layout: Layout, image_embeds: Sequence[ImageEmbeds]) -> NDArray[np.float32]:

@@ -53,7 +53,7 @@ class TorchBackend:
         device: torch.device,
         dtype: torch.dtype,
     ) -> TorchBackend:
-        """Take over tensors one at a time; those already of `device` and `dtype` are used where they lie (memory maps)."""
+        """Take over tensors one by one; those already of `device` and `dtype` are used where they lie (memory maps)."""
         with torch.device("meta"):
             model = VisualGLMModel(config)
         state: dict[str, Any] = {}
@@ -101,9 +101,7 @@ class TorchBackend:
     def logits(self, layout: Layout, image_embeds: Sequence[ImageEmbeds]) -> NDArray[np.float32]:
         return self._to_numpy(self.model.text.lm_head(self._hidden_states(layout, image_embeds, None)))
 
-    def _hidden_states(
-        self, layout: Layout, image_embeds: Sequence[ImageEmbeds], buffers: KVCache | None
-    ) -> Tensor:
+    def _hidden_states(self, layout: Layout, image_embeds: Sequence[ImageEmbeds], buffers: KVCache | None) -> Tensor:
         embeds = self._tensor(np.stack([image.array for image in image_embeds])) if image_embeds else None
         return self.model.hidden_states(
             self._tensor(layout.input_ids),

@@ -31,7 +31,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x: [batch, heads, seq, head_dim]; cos, sin: float32 [batch, 1, seq, 2, head_dim / 2].
     Each half is rotate-half, not interleaved. The turn is computed in float32.
     """
-    halves = x.unflatten(-1, (2, -1)).float()
+    halves = x.view(*x.shape[:-1], 2, -1).float()
     left, right = halves.chunk(2, dim=-1)
     turned = halves * cos + torch.cat([-right, left], dim=-1) * sin
     return turned.flatten(-2).to(x.dtype)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """[batch, seq, width] → [batch, heads, seq, width / heads]."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return x.view(*x.shape[:-1], num_heads, -1).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
-        return self.proj(merge_heads(functional.scaled_dot_product_attention(q, k, v)))
+        return self.proj(merge_heads(functional.scaled_dot_product_attention(q, k, v)))  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
@@ -42,4 +42,4 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(intermediate, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(functional.gelu(self.fc1(x), approximate=self.gelu))
+        return self.fc2(functional.gelu(self.fc1(x), approximate=self.gelu))  # type: ignore[no-any-return]
