@@ -39,15 +39,18 @@ clean: ## remove what make, the tests and the tools made; runs/ stays
 
 # --- environments -----------------------------------------------------------------------------------------------------
 
-# $(call install,EXTRA) does nothing if another make has done it while this one waited.
+# $(call install,EXTRA) does nothing if another make has done it while this one waited. What is installed is compiled when
+# it is first imported: most of torch never is.
 define install
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo 'visualglm needs Python 3.11 or newer, and $(PYTHON) is not; run `make PYTHON=/path/to/python3.11 …`.' >&2; \
 	    exit 1; }
 	@mkdir -p $(VENV)
 	@$(LOCK) sh -euc 'test $@ -nt pyproject.toml && test $@ -nt constraints.txt && exit; \
-	    test -x $(PY) || "$(PYTHON)" -m venv $(VENV); \
-	    $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable ".[$(1)]"; \
+	    echo "setting up $(VENV) with the extra [$(1)], once; this takes a minute or two"; \
+	    $(PY) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv $(VENV); \
+	    $(PY) -m pip --disable-pip-version-check install --quiet --no-compile \
+	        --constraint constraints.txt --editable ".[$(1)]"; \
 	    touch $@'
 endef
 
