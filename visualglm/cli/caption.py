@@ -1,0 +1,77 @@
+"""`visualglm caption`: many images in, their answers in a JSONL file out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Exit, Option
+
+from visualglm.cli.captioner import Captioner
+from visualglm.cli.loading import load_directory, open_directory
+from visualglm.cli.messages import Messages
+from visualglm.cli.options import GenerationOptions, ImageOptions, ModelOptions
+from visualglm.cli.row_log import RowLog
+from visualglm.cli.rows import Rows, read_rows
+from visualglm.errors import DataError
+
+DEFAULT_PROMPT = "描述这张图片。"
+
+
+def caption(
+    source: Annotated[Path, Argument(metavar="INPUT", help="A folder of images, or a JSONL file.")],
+    output: Annotated[Path, Option("--output", "-o", metavar="FILE", help="JSONL file that the answers go to.")],
+    prompt: Annotated[str, Option(metavar="TEXT", help="For rows without a prompt of their own.")] = DEFAULT_PROMPT,
+    batch_size: Annotated[int, Option(metavar="N", min=1, help="Rows answered at once.")] = 16,
+    recursive: Annotated[bool, Option("--recursive", "-r", help="Look into the folders of INPUT too.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Begin anew instead of going on.")] = False,
+    strict: Annotated[bool, Option("--strict", help="Exit with 1 if a row has an error.")] = False,
+    *,
+    options: ModelOptions,
+    generation: GenerationOptions,
+    images: ImageOptions,
+) -> None:
+    """Answer a folder or a JSONL of images into a JSONL; the same command goes on where it was stopped.
+
+    A line of INPUT is {"image": FILE} with, if wanted, "prompt" and "id"; paths are relative to INPUT. There is one row
+    of output for each of input, in the same order, with "answer", or with "error" if the image cannot be read.
+    """
+    messages = Messages(options.quiet)
+    generation.config()
+    rows = read_rows(source, prompt, recursive=recursive)
+    if output.exists() and output.samefile(source):
+        raise DataError(f"{output} is the input; give another --output.")
+    directory = open_directory(options.model, messages)
+    origin = {"model": directory.fingerprint, **generation.keywords()}
+    with RowLog(output, origin, overwrite=overwrite) as log:
+        failed = log.resume(row.named() for row in rows)
+        if failed:
+            messages.tell(f"{output} has {len(failed):,} of {len(rows):,} rows already")
+        if len(failed) < len(rows):
+            model = load_directory(directory, options, images, messages)
+            failed += _answer_rest(Captioner(model, generation, images), rows, len(failed), batch_size, log, messages)
+    messages.tell(f"{output}: {len(rows):,} rows, {sum(failed):,} with an error")
+    if strict and any(failed):
+        raise Exit(1)
+
+
+def _answer_rest(
+    captioner: Captioner, rows: Rows, done: int, batch_size: int, log: RowLog, messages: Messages
+) -> list[bool]:
+    """Answer the rows after the first `done`; returns for each whether it is an error."""
+    failed: list[bool] = []
+    start = time.perf_counter()
+    try:
+        with messages.row_progress("answering") as report, captioner.answers(rows, batch_size, done) as batches:
+            report(done, len(rows))
+            for batch in batches:
+                log.append(batch)
+                failed += ["error" in row for row in batch]
+                report(done + len(failed), len(rows))
+    except KeyboardInterrupt:
+        messages.tell(f"{log.path} has {done + len(failed):,} of {len(rows):,} rows; the same command goes on")
+        raise
+    seconds = time.perf_counter() - start
+    messages.tell(f"answered {len(failed):,} rows in {seconds:.1f} s, {len(failed) / seconds:.1f} rows/s")
+    return failed

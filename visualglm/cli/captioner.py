@@ -1,0 +1,97 @@
+"""Answers rows in batches, while threads decode the images of the next ones."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visualglm.cli.options import GenerationOptions, ImageOptions
+from visualglm.cli.rows import Row
+from visualglm.errors import ImageError, PromptError
+from visualglm.model import Reply, VisualGLM
+from visualglm.processing.image import load_image, preprocess
+
+_THREADS = min(4, os.cpu_count() or 1)
+# Enough to hide a slow image behind the model, few enough for any memory.
+_BATCHES_AHEAD = 2
+
+Prepared = NDArray[np.float32] | None | ImageError | PromptError
+"""Pixels [3, S, S], nothing for a row without an image, or why the row cannot be answered."""
+
+
+class Captioner:
+    """A model that answers rows."""
+
+    def __init__(self, model: VisualGLM, generation: GenerationOptions, images: ImageOptions) -> None:
+        self._model = model
+        self._generation = generation
+        self._config = generation.config()
+        self._limits = images.limits()
+        self._allow_urls = images.allow_urls
+
+    @contextmanager
+    def answers(self, rows: Iterable[Row], batch_size: int, start: int = 0) -> Iterator[Iterator[list[dict[str, Any]]]]:
+        """The output rows of `rows` from the one at `start` on, a batch at a time.
+
+        Batches end at multiples of `batch_size`, wherever they start: they are then those of a run from the beginning.
+        """
+        pool = ThreadPoolExecutor(_THREADS)
+        try:
+            yield map(self._answer, self._prepared(pool, _batches(rows, batch_size, start)))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _prepared(self, pool: ThreadPoolExecutor, batches: Iterable[list[Row]]) -> Iterator[list[tuple[Row, Prepared]]]:
+        under_way: deque[list[tuple[Row, Future[Prepared]]]] = deque()
+        for batch in batches:
+            under_way.append([(row, pool.submit(self._prepare, row)) for row in batch])
+            if len(under_way) > _BATCHES_AHEAD:
+                yield [(row, future.result()) for row, future in under_way.popleft()]
+        for waiting in under_way:
+            yield [(row, future.result()) for row, future in waiting]
+
+    def _prepare(self, row: Row) -> Prepared:
+        try:
+            self._model.prompt(
+                row.prompt, has_image=row.source is not None, language=self._generation.language, config=self._config
+            )
+            if row.source is None:
+                return None
+            image = load_image(row.source, self._limits, allow_urls=self._allow_urls)
+            return preprocess(image, self._model.config.vision.image_size)
+        except (ImageError, PromptError) as error:
+            return error
+
+    def _answer(self, batch: Sequence[tuple[Row, Prepared]]) -> list[dict[str, Any]]:
+        pixels = [prepared for _, prepared in batch if isinstance(prepared, np.ndarray)]
+        embeds = iter(self._model.backend.encode_images(np.stack(pixels)) if pixels else ())
+        pairs = [
+            (None if prepared is None else next(embeds), row.prompt)
+            for row, prepared in batch
+            if not isinstance(prepared, Exception)
+        ]
+        replies = iter(self._model.reply_batch(pairs, batch_size=len(batch), **self._generation.keywords()))
+        return [
+            row.named() | ({"error": str(prepared)} if isinstance(prepared, Exception) else _answer_of(next(replies)))
+            for row, prepared in batch
+        ]
+
+
+def _answer_of(reply: Reply) -> dict[str, Any]:
+    return {"answer": reply.text, "prompt_tokens": reply.prompt_tokens, "new_tokens": reply.new_tokens}
+
+
+def _batches(rows: Iterable[Row], batch_size: int, start: int) -> Iterator[list[Row]]:
+    rest = islice(rows, start, None)
+    size = batch_size - start % batch_size
+    while batch := list(islice(rest, size)):
+        yield batch
+        size = batch_size

@@ -1,0 +1,93 @@
+"""The program `visualglm`: runs a command, and turns whatever goes wrong into one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from visualglm.errors import VisualGLMError
+
+EXIT_ERROR, EXIT_FAULT, EXIT_INTERRUPTED = 1, 70, 130
+DEBUG_VARIABLE = "VISUALGLM_DEBUG"
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def main() -> None:
+    """Exits with 0; 1: an error the user can mend; 2: wrong usage; 130: Ctrl-C; 70: a fault in the program."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int | str | None:
+    """Run the command that `arguments` name; returns the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # An old terminal may not have the characters of an answer: better spelled out than a crash.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        return _run_command(arguments)
+    except KeyboardInterrupt:
+        return _interrupted()
+    except BrokenPipeError:
+        _discard_output()
+        return EXIT_ERROR
+    except (VisualGLMError, OSError) as error:
+        if isinstance(error, OSError):
+            _discard_output()
+        return _fail(_sentence(error), EXIT_ERROR)
+    except Exception as error:
+        remedy = f"set {DEBUG_VARIABLE}=1 to see where, and report it"
+        return _fail(f"This is a fault in the program ({type(error).__name__}: {error}); {remedy}.", EXIT_FAULT)
+
+
+def _run_command(arguments: Sequence[str]) -> int | str | None:
+    try:
+        # Typer takes a while to import: not before Ctrl-C is looked after.
+        from visualglm.cli.table import command_table
+
+        command_table().main(list(arguments), prog_name="visualglm")
+    except SystemExit as end:
+        return _interrupted() if end.code == EXIT_INTERRUPTED else end.code
+    finally:
+        # Not left to the interpreter's end, where an error could no longer be told properly.
+        sys.stdout.flush()
+    return 0
+
+
+def _interrupted() -> int:
+    print("visualglm: interrupted", file=sys.stderr)
+    return EXIT_INTERRUPTED
+
+
+def _sentence(error: VisualGLMError | OSError) -> str:
+    if isinstance(error, VisualGLMError):
+        return str(error)
+    what = str(error.filename or "the output")
+    if error.errno in _FULL:
+        return f"The disk is full, {what} could not be written; make room and try again."
+    return f"{what[0].upper()}{what[1:]} cannot be read or written ({error.strerror or error})."
+
+
+def _fail(sentence: str, exit_code: int) -> int:
+    if os.environ.get(DEBUG_VARIABLE):
+        traceback.print_exc()
+    print_error(sentence)
+    return exit_code
+
+
+def print_error(sentence: object) -> None:
+    """An error as every command tells it: one line on stderr."""
+    line = "".join(character if character.isprintable() else " " for character in str(sentence))
+    print(f"visualglm: error: {line}", file=sys.stderr)
+
+
+def _discard_output() -> None:
+    """Send what is still buffered for stdout nowhere, so that the interpreter does not fail on it again."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        # stdout is no file of the system, as in tests.
+        return

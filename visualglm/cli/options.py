@@ -1,0 +1,128 @@
+"""Options that commands share, each defined once: a dataclass a group, whose fields become options of the command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from typer import Option
+
+from visualglm.generation.config import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
+from visualglm.processing.image import DEFAULT_LIMITS, ImageLimits
+from visualglm.processing.prompt import Language
+
+_MODEL, _GENERATION, _IMAGES = "Model", "Answers", "Images"
+
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Tell nothing but results and errors.")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model is loaded, and where to."""
+
+    model: Annotated[
+        Path | None,
+        Option("--model", "-m", metavar="DIR", help="Model directory; else the built-in.", rich_help_panel=_MODEL),
+    ] = None
+    backend: Annotated[Literal["auto", "torch"], Option(help="What computes.", rich_help_panel=_MODEL)] = "auto"
+    device: Annotated[
+        str, Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, mps or npu.", rich_help_panel=_MODEL)
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Option(help="Precision; auto: the weights' own where the device is quick at it.", rich_help_panel=_MODEL),
+    ] = "auto"
+    quiet: Quiet = False
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How answers are made; greedy unless told to sample."""
+
+    max_new_tokens: Annotated[
+        int, Option(metavar="N", help="Longest answer in tokens.", rich_help_panel=_GENERATION)
+    ] = DEFAULT_MAX_NEW_TOKENS
+    temperature: Annotated[
+        float | None, Option(metavar="T", help="Draw at random: 0.8 a little, 1 freely.", rich_help_panel=_GENERATION)
+    ] = None
+    top_k: Annotated[
+        int, Option(metavar="N", help="Draw among the N likeliest; 0: no limit.", rich_help_panel=_GENERATION)
+    ] = 0
+    top_p: Annotated[
+        float, Option(metavar="P", help="Draw among the likeliest of share P; 1: all.", rich_help_panel=_GENERATION)
+    ] = 1.0
+    repetition_penalty: Annotated[
+        float, Option(metavar="X", help="Above 1: less of what was said.", rich_help_panel=_GENERATION)
+    ] = 1.0
+    seed: Annotated[int | None, Option(metavar="N", help="Makes a draw repeatable.", rich_help_panel=_GENERATION)] = (
+        None
+    )
+    stop: Annotated[
+        list[str] | None,
+        Option(metavar="TEXT", help="End the answer before TEXT; may be repeated.", rich_help_panel=_GENERATION),
+    ] = None
+    language: Annotated[
+        Language, Option(help="Template of the prompt; auto goes by the question.", rich_help_panel=_GENERATION)
+    ] = "auto"
+
+    def keywords(self) -> dict[str, Any]:
+        """As the methods of `VisualGLM` take them."""
+        return asdict(self) | {"stop": tuple(self.stop or ())}
+
+    def config(self) -> GenerationConfig:
+        """The validated options; raises `ConfigError`."""
+        options = self.keywords()
+        del options["language"]
+        return GenerationConfig.from_options(**options)
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """What an image may be and cost."""
+
+    allow_urls: Annotated[
+        bool, Option("--allow-urls", help="Fetch images that are given as http(s) URLs.", rich_help_panel=_IMAGES)
+    ] = False
+    max_image_pixels: Annotated[
+        int, Option(metavar="N", min=1, help="Largest image in pixels.", rich_help_panel=_IMAGES)
+    ] = DEFAULT_LIMITS.max_pixels
+    max_image_bytes: Annotated[int, Option(metavar="N", min=1, help="Largest image file.", rich_help_panel=_IMAGES)] = (
+        DEFAULT_LIMITS.max_bytes
+    )
+
+    def limits(self) -> ImageLimits:
+        return ImageLimits(max_pixels=self.max_image_pixels, max_bytes=self.max_image_bytes)
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` as Typer shall see it: each of its parameters that is a dataclass spread into the fields of that."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+
+    @wraps(command)
+    def call(**values: Any) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+        command(**values)
+
+    parameters = [
+        option
+        for name, parameter in signature(command).parameters.items()
+        for option in (_options(groups[name]) if name in groups else [parameter.replace(annotation=hints[name])])
+    ]
+    parameters = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters]
+    call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call
+
+
+def _options(group: Any) -> list[Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
+        for field in fields(group)
+    ]
