@@ -30,8 +30,8 @@ lint: $(DEV) ## style and types
 bench: $(DEV) ## measure; docs/benchmarks.md says what
 	$(PY) bench/convert.py
 
-builtin: $(DEV) ## train the built-in model again, into runs/builtin (about two hours)
-	$(PY) -m visualglm.training.builtin configs/builtin.yaml runs/builtin
+builtin: $(DEV) ## train the built-in model again, into runs/builtin, with four processes
+	$(PY) -m torch.distributed.run --nproc_per_node 4 -m visualglm.cli train-builtin configs/builtin.yaml runs/builtin
 
 clean: ## remove what make, the tests and the tools made; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
