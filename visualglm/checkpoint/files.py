@@ -60,15 +60,6 @@ def require_file(path: Path) -> None:
         )
 
 
-def find_file(folder: Path, name: str) -> Path | None:
-    """The file `name` in `folder`, if it is there; raises `CheckpointError` if it is only a git-lfs pointer."""
-    path = folder / name
-    if not path.exists():
-        return None
-    require_file(path)
-    return path
-
-
 def is_plain_name(name: str) -> bool:
     """Whether `name` names something directly inside a folder, on any system."""
     return name not in ("", ".", "..") and not any(char in name for char in "/\\:\0")

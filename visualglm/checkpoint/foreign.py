@@ -9,7 +9,6 @@ from typing import Any
 
 from visualglm.checkpoint.checks import check_tensors
 from visualglm.checkpoint.contents import Checkpoint, main_dtype
-from visualglm.checkpoint.files import find_file
 from visualglm.checkpoint.foreign_config import ConfigStyle, config_from_foreign, config_to_foreign
 from visualglm.checkpoint.keys import STRAY_NAMES, KeyStyle, packed, unpacked
 from visualglm.checkpoint.manifest import Layout, Source
@@ -47,7 +46,7 @@ class ForeignFormat:
             tensors=unpacked(tensors, config.text, layout),
             source=Source(format=self.name, layout=layout, config=values),
             extras=extras,
-            tokenizer_path=find_file(path, TOKENIZER),
+            tokenizer_path=path / TOKENIZER if (path / TOKENIZER).exists() else None,
             license_text=WEIGHTS_LICENSE,
         )
 

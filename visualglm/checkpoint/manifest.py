@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
+from visualglm.checkpoint.checks import readable
 from visualglm.checkpoint.files import is_plain_name, read_json_object
 from visualglm.errors import CheckpointError
 
@@ -77,5 +78,5 @@ class Manifest(BaseModel):
             raise CheckpointError(message) from error
         outside = [name for name in manifest.files if not is_plain_name(name)]
         if outside:
-            raise CheckpointError(f"{path} names a file outside its folder, {outside[0]!r}; do not use it.")
+            raise CheckpointError(f"{path} names a file outside its folder, {readable(outside[0])}; do not use it.")
         return manifest

@@ -13,7 +13,6 @@ from visualglm.checkpoint.checks import check_tensors, listed
 from visualglm.checkpoint.contents import Checkpoint
 from visualglm.checkpoint.files import (
     file_pieces,
-    find_file,
     hash_pieces,
     require_file,
     require_folder,
@@ -92,7 +91,7 @@ def open_model_directory(path: Path | str) -> ModelDirectory:
         manifest=manifest,
         tensors={name: tensors[name] for name in shapes},
         extras=read_safetensors(path / EXTRAS) if EXTRAS in manifest.files else {},
-        tokenizer_path=find_file(path, TOKENIZER),
+        tokenizer_path=_tokenizer(path),
     )
 
 
@@ -194,6 +193,15 @@ def _read_manifest(path: Path) -> Manifest:
                 "convert the checkpoint again."
             )
     return manifest
+
+
+def _tokenizer(path: Path) -> Path | None:
+    """The tokenizer, which may have been added after the manifest was written."""
+    tokenizer = path / TOKENIZER
+    if not tokenizer.exists():
+        return None
+    require_file(tokenizer)
+    return tokenizer
 
 
 def _read_weights(path: Path) -> dict[str, StoredTensor]:

@@ -136,7 +136,7 @@ class _Machine:
         elif (full := f"{module}.{attribute}") in _FUNCTIONS:
             self.stack.append(_FUNCTIONS[full])
         else:
-            raise PickleRefusedError(f"refers to {full!r}, for which a file of weights has no need")
+            raise PickleRefusedError(f"refers to {full[:100]!r}, for which a file of weights has no need")
 
     def push_stack_global(self, _: Any) -> None:
         attribute, module = self.stack.pop(), self.stack.pop()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
+from visualglm.checkpoint.checks import readable
 from visualglm.checkpoint.files import require_file
 from visualglm.checkpoint.pickle_machine import PickledStorage, PickledTensor, PickleRefusedError, read_pickle
 from visualglm.checkpoint.tensors import NUMPY_DTYPES, StoredTensor
@@ -72,7 +73,7 @@ class _Archive:
     def _entry(self, name: str) -> ZipInfo:
         info = self._entries.get(name)
         if info is None:
-            raise CheckpointError(f"{self._path} is damaged: it lacks the entry {name!r}; get it again.")
+            raise CheckpointError(f"{self._path} is damaged: it lacks the entry {readable(name)}; get it again.")
         if info.compress_type != ZIP_STORED or info.flag_bits & _ENCRYPTED:
             raise CheckpointError(f"{self._path} is a packed or encrypted zip file; save it again with torch.save.")
         return info
@@ -85,12 +86,16 @@ class _Archive:
 
     def _tensor(self, name: Any, value: Any) -> StoredTensor:
         if not isinstance(value, PickledTensor):
-            raise CheckpointError(f"{self._path} holds {name!r}, which is no tensor; give a checkpoint of weights.")
+            raise CheckpointError(
+                f"{self._path} holds {readable(str(name))}, which is no tensor; give a checkpoint of weights."
+            )
         last = value.offset + sum((size - 1) * step for size, step in zip(value.shape, value.strides, strict=True))
         count = prod(value.shape)
         # Comparing the counts refuses broadcast views, which would grow without bound when written out.
         if count and (last >= value.storage.count or count > value.storage.count):
-            raise CheckpointError(f"{self._path} is damaged: {name} reaches beyond its storage; get it again.")
+            raise CheckpointError(
+                f"{self._path} is damaged: {readable(name)} reaches beyond its storage; get it again."
+            )
         start = self._storage_start(value.storage)
         offset = start + value.offset * NUMPY_DTYPES[value.storage.dtype].itemsize
         return StoredTensor(self._path, value.storage.dtype, value.shape, offset, value.shape, value.strides)
@@ -102,7 +107,7 @@ class _Archive:
         start = self._data_start(info)
         if info.file_size < needed or start + needed > self._size:
             raise CheckpointError(
-                f"{self._path} is damaged: the storage {storage.key!r} has {info.file_size:,} bytes, "
+                f"{self._path} is damaged: the storage {readable(storage.key)} has {info.file_size:,} bytes, "
                 f"and {needed:,} are needed; get it again."
             )
         return start

@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from visualglm.checkpoint.checks import listed
+from visualglm.checkpoint.checks import listed, readable
 from visualglm.checkpoint.files import is_plain_name, read_json_object
 from visualglm.checkpoint.tensors import StoredTensor, Tensor, tensor_bytes
 from visualglm.errors import CheckpointError
 
-# Small enough that the shards of a full model keep all threads busy, large enough to hold its widest tensor.
-MAX_SHARD_BYTES = 2_000_000_000
+# Hashing takes longest, and goes on in as many threads as there are shards; only the embeddings are larger than this.
+MAX_SHARD_BYTES = 1_000_000_000
 
 
 def split_into_shards(tensors: Mapping[str, Tensor], stem: str, suffix: str) -> dict[str, dict[str, Tensor]]:
@@ -48,7 +48,7 @@ def read_sharded(index: Path, read: Callable[[Path], dict[str, StoredTensor]]) -
     files = sorted(set(weight_map.values()))
     outside = [name for name in files if not is_plain_name(name)]
     if outside:
-        raise CheckpointError(f"{index} names a file outside its folder, {outside[0]!r}; do not use it.")
+        raise CheckpointError(f"{index} names a file outside its folder, {readable(outside[0])}; do not use it.")
     missing = [name for name in files if not (index.parent / name).is_file()]
     if missing:
         raise CheckpointError(

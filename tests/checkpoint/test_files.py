@@ -1,0 +1,189 @@
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from visualglm.checkpoint.files import read_json_object, require_folder, staged_folder, write_file
+from visualglm.errors import CheckpointError
+
+MARKERS = ("manifest.json",)
+Entries = Callable[[Path], list[str]]
+
+
+def fill(output: Path, *, force: bool = False, needed: int = 0) -> None:
+    with staged_folder(output, needed_bytes=needed, force=force, markers=MARKERS) as folder:
+        write_file(folder / "manifest.json", [b"{}"])
+
+
+def test_the_folder_appears_when_it_is_whole(tmp_path: Path, entries: Entries) -> None:
+    with staged_folder(tmp_path / "out", needed_bytes=0, force=False, markers=MARKERS) as folder:
+        assert write_file(folder / "a", [b"x", b"", memoryview(b"yz")]) == hashlib.sha256(b"xyz").hexdigest()
+        assert not (tmp_path / "out").exists()
+    assert entries(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "a").read_bytes() == b"xyz"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failure_leaves_nothing(error: type[BaseException], tmp_path: Path, entries: Entries) -> None:
+    with (
+        pytest.raises(error),
+        staged_folder(tmp_path / "out", needed_bytes=0, force=False, markers=MARKERS) as folder,
+    ):
+        write_file(folder / "a", [b"x"])
+        raise error
+    assert entries(tmp_path) == []
+
+
+def test_an_empty_folder_is_filled_and_another_one_is_not(tmp_path: Path, entries: Entries) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    fill(output)
+    (output / "more").touch()
+    with pytest.raises(CheckpointError, match=r"out is not empty; give another folder, or --force to replace it\."):
+        fill(output)
+    assert entries(output) == ["manifest.json", "more"]
+    fill(output, force=True)
+    assert entries(output) == ["manifest.json"]
+    assert entries(tmp_path) == ["out"]
+
+
+def test_force_replaces_no_folder_of_other_things(tmp_path: Path, entries: Entries) -> None:
+    (tmp_path / "letter").touch()
+    with pytest.raises(CheckpointError, match=r"holds no manifest\.json; it is not replaced"):
+        fill(tmp_path, force=True)
+    assert entries(tmp_path) == ["letter"]
+
+
+def test_an_old_folder_survives_a_failure_under_force(tmp_path: Path, entries: Entries) -> None:
+    fill(tmp_path / "out")
+    with (
+        pytest.raises(ZeroDivisionError),
+        staged_folder(tmp_path / "out", needed_bytes=0, force=True, markers=MARKERS),
+    ):
+        raise ZeroDivisionError
+    assert entries(tmp_path / "out") == ["manifest.json"]
+
+
+def test_outputs_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file is a file; give the name of a new folder"):
+        fill(tmp_path / "file")
+    with pytest.raises(CheckpointError, match="nowhere does not exist; create the folder"):
+        fill(tmp_path / "nowhere" / "out")
+    with pytest.raises(CheckpointError, match="mount point"):
+        fill(Path("/proc"), force=True)
+    with pytest.raises(CheckpointError, match=r"Writing needs 1000000000\.0 GB, but .* has .* GB free"):
+        fill(tmp_path / "out", needed=10**18)
+
+
+def test_the_current_folder_may_be_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    fill(Path("."))
+    assert (tmp_path / "out" / "manifest.json").is_file()
+
+
+def test_two_processes_do_not_write_the_same_folder(tmp_path: Path) -> None:
+    with (
+        staged_folder(tmp_path / "out", needed_bytes=0, force=False, markers=MARKERS),
+        pytest.raises(CheckpointError, match=r"Another process is writing .*\.out\.partial"),
+    ):
+        fill(tmp_path / "out")
+    assert (tmp_path / "out").is_dir()
+
+
+KILLED = """
+    import sys, time
+    from pathlib import Path
+    from visualglm.checkpoint.files import staged_folder, write_file
+    with staged_folder(Path(sys.argv[1]), needed_bytes=0, force=False, markers=()) as folder:
+        (folder / "1").mkdir()
+        write_file(folder / "1" / "a", [b"x"])
+        print("ready", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_what_a_killed_process_leaves_is_cleared_by_the_next(tmp_path: Path, entries: Entries) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGKILL)
+    assert entries(tmp_path) == [".out.partial"]
+    fill(tmp_path / "out")
+    assert entries(tmp_path) == ["out"]
+    assert entries(tmp_path / "out") == ["manifest.json"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB, where this user may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_fills_up(small_disk: Path, entries: Entries) -> None:
+    with (
+        pytest.raises(CheckpointError, match=r"The disk is full: .*out could not be written and nothing of it is left"),
+        staged_folder(small_disk / "out", needed_bytes=0, force=False, markers=MARKERS) as folder,
+    ):
+        write_file(folder / "a", [os.urandom(1 << 16)] * 20)
+    assert entries(small_disk) == []
+    with pytest.raises(CheckpointError, match=r"has 0\.0 GB free"):
+        fill(small_disk / "out", needed=2 << 20)
+
+
+LIMITED = """
+    import resource, sys
+    from pathlib import Path
+    from visualglm.checkpoint.convert import convert
+    from visualglm.errors import CheckpointError
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+    try:
+        convert(Path(sys.argv[1]), Path(sys.argv[2]), to=sys.argv[3])
+    except CheckpointError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("to", ["model", "sat", "hf"])
+def test_a_conversion_that_may_write_no_more(to: str, goldens: Path, tmp_path: Path, entries: Entries) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(LIMITED), str(goldens / "a_image_b1"), str(tmp_path / "out"), to]
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    assert done.stdout.startswith("The disk is full: ")
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
+    assert entries(tmp_path) == []
+
+
+def test_json_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with pytest.raises(CheckpointError, match=r"a\.json is missing"):
+        read_json_object(path)
+    for content, message in ((b"{", "no valid JSON"), (b"\xff", "no valid JSON"), (b"[]", "must hold one JSON object")):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=message):
+            read_json_object(path)
+    path.write_bytes(b"[" * 100_000)
+    with pytest.raises(CheckpointError, match="no valid JSON"):
+        read_json_object(path)
+
+
+def test_folders_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file is a file; give the folder that holds the checkpoint"):
+        require_folder(tmp_path / "file")
+    with pytest.raises(CheckpointError, match="nothing does not exist"):
+        require_folder(tmp_path / "nothing")
