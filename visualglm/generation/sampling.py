@@ -48,18 +48,18 @@ class Sampler:
 
     def _draw(self, scores: NDArray[np.float32]) -> int:
         temperature = 1.0 if self._config.temperature is None else self._config.temperature
-        order = top_tokens(scores, self._config.top_k)
-        probabilities = softmax(scores[order].astype(np.float64), temperature)
-        kept = nucleus_size(probabilities, self._config.top_p)
-        cumulative = probabilities[:kept].cumsum()
-        return int(order[np.searchsorted(cumulative, self._rng.random() * cumulative[-1])])
+        tokens = top_tokens(scores, self._config.top_k)
+        probabilities = softmax(scores[tokens].astype(np.float64), temperature)
+        kept = nucleus(probabilities, self._config.top_p)
+        cumulative = probabilities[kept].cumsum()
+        return int(tokens[kept][np.searchsorted(cumulative, self._rng.random() * cumulative[-1])])
 
 
 def top_tokens(scores: NDArray[np.float32], top_k: int) -> NDArray[np.int64]:
-    """The tokens of the `top_k` highest scores (all, where top_k is 0), the highest first."""
-    best = np.argpartition(scores, -top_k)[-top_k:] if 0 < top_k < len(scores) else np.arange(len(scores))
-    order: NDArray[np.int64] = best[np.argsort(-scores[best], kind="stable")]
-    return order
+    """The tokens of the `top_k` highest scores (all, where top_k is 0), in the order of their ids."""
+    if not 0 < top_k < len(scores):
+        return np.arange(len(scores))
+    return np.sort(np.argpartition(scores, -top_k)[-top_k:])
 
 
 def softmax(scores: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
@@ -70,8 +70,12 @@ def softmax(scores: NDArray[np.float64], temperature: float) -> NDArray[np.float
     return probabilities
 
 
-def nucleus_size(probabilities: NDArray[np.float64], top_p: float) -> int:
-    """How many of the sorted probabilities it takes to reach `top_p` (Holtzman et al. 2020); at least one."""
+def nucleus(probabilities: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
+    """Indices, ascending, of the fewest and largest probabilities that reach `top_p` (Holtzman et al. 2020)."""
     if top_p >= 1:
-        return len(probabilities)
-    return int(np.searchsorted(probabilities.cumsum(), top_p)) + 1
+        return np.arange(len(probabilities))
+    # All smaller ones together do not reach 1 - top_p: leaving them out first saves sorting a whole vocabulary.
+    candidates = np.flatnonzero(probabilities >= (1 - top_p) / len(probabilities))
+    largest_first = candidates[np.argsort(-probabilities[candidates], kind="stable")]
+    size = int(np.searchsorted(probabilities[largest_first].cumsum(), top_p)) + 1
+    return np.sort(largest_first[:size])
