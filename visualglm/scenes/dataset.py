@@ -1,12 +1,14 @@
-"""Training batches of drawn scenes. A batch is a function of (seed, step), so nothing is stored and any step can be resumed."""
+"""Training batches of drawn scenes, each a function of seed and number: nothing is stored, any can be made again."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
 from visualglm.config import VisualGLMConfig
 from visualglm.processing.image import preprocess
@@ -53,48 +55,56 @@ class _Row:
     scene: int
 
 
-class SceneBatches:
-    """Batch number `step` by indexing.
+class BatchPlan(BaseModel):
+    """What a batch holds: scenes, and how many questions about each; with none, there is only something to see."""
 
-    Each scene is asked to be described and `questions` things more, each in a random language; some rows carry an
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scenes: PositiveInt
+    questions: NonNegativeInt
+
+
+class SceneBatches:
+    """Batch number `index` by indexing.
+
+    Of the questions about a scene the first asks to describe it, and each is in a random language; some rows carry an
     earlier turn, and a few have no image.
     """
 
-    def __init__(
-        self, config: VisualGLMConfig, tokenizer: Tokenizer, *, steps: int, scenes: int, questions: int, seed: int
-    ) -> None:
+    def __init__(self, config: VisualGLMConfig, tokenizer: Tokenizer, plan: BatchPlan, *, seed: int) -> None:
         self.config = config
         self.tokenizer = tokenizer
-        self.steps = steps
-        self.scenes = scenes
-        self.questions = questions
+        self.plan = plan
         self.seed = seed
 
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> SceneBatch:
-        rng = np.random.default_rng([self.seed, step])
-        scenes = [make_scene(int(seed)) for seed in rng.integers(HELD_OUT_SEEDS, size=self.scenes)]
-        rows = [row for index, scene in enumerate(scenes) for row in self._scene_rows(scene, index, rng)]
-        rows += [self._text_only_row(rng) for _ in range(max(1, len(rows) // 50))]
-        rows.sort(key=lambda row: len(row.ids))
-        cuts = [0, int(0.5 * len(rows)), int(0.8 * len(rows)), len(rows)]
+    def __getitem__(self, index: int) -> SceneBatch:
+        rng = np.random.default_rng([self.seed, index])
+        scenes = [make_scene(int(seed)) for seed in rng.integers(HELD_OUT_SEEDS, size=self.plan.scenes)]
         size = self.config.vision.image_size
         return SceneBatch(
             np.stack([preprocess(draw_scene(scene), size) for scene in scenes]),
-            tuple(self._pad(rows[start:stop]) for start, stop in zip(cuts, cuts[1:], strict=False)),
+            self._rows(scenes, rng) if self.plan.questions else (),
             np.stack([patch_targets(scene, size // self.config.vision.patch_size) for scene in scenes]),
             np.stack([slot_targets(scene) for scene in scenes]),
         )
 
+    def _rows(self, scenes: Sequence[Scene], rng: np.random.Generator) -> tuple[Rows, ...]:
+        """All rows of a step, in three groups of like length, so that little of a forward pass is padding."""
+        rows = [row for index, scene in enumerate(scenes) for row in self._scene_rows(scene, index, rng)]
+        rows += [self._text_only_row(rng) for _ in range(max(1, len(rows) // 50))]
+        rows.sort(key=lambda row: len(row.ids))
+        cuts = [0, int(0.5 * len(rows)), int(0.8 * len(rows)), len(rows)]
+        return tuple(self._pad(rows[start:stop]) for start, stop in pairwise(cuts))
+
     def _scene_rows(self, scene: Scene, index: int, rng: np.random.Generator) -> list[_Row]:
-        kinds = ["describe", *rng.choice(KINDS[1:], self.questions)]
+        kinds = ["describe", *rng.choice(KINDS[1:], self.plan.questions - 1)]
         rows = []
         for kind in kinds:
             language = LANGUAGES[int(rng.integers(2))]
             asked = ask_about(scene, kind, language, rng) or ask_about(scene, "exists", language, rng)
-            earlier = ask_about(scene, KINDS[int(rng.integers(len(KINDS)))], language, rng) if rng.random() < 0.1 else None
+            earlier = (
+                ask_about(scene, KINDS[int(rng.integers(len(KINDS)))], language, rng) if rng.random() < 0.1 else None
+            )
             if asked is not None:
                 history = [(earlier.question, earlier.answer)] if earlier is not None else []
                 rows.append(self._row(asked.question, asked.answer, history, language, index))
@@ -146,29 +156,43 @@ class SceneBatches:
 
 # --- what the drawing knows: extra targets that teach the eye to see before the decoder can talk ----------------------
 
-PATCH_CLASSES = (len(SHAPES) + 1, len(COLORS) + 1, len(SIZES) + 1, len(CHARACTERS) + 1)
+# Of each patch: kind, colour, size and rank (from the left) of its shape, its character and that one's place.
+PATCH_CLASSES = (
+    len(SHAPES) + 1,
+    len(COLORS) + 1,
+    len(SIZES) + 1,
+    MAX_SHAPES + 1,
+    len(CHARACTERS) + 1,
+    MAX_CHARACTERS + 1,
+)
+# Of each shape's slot: kind, colour, size and the ninth of the canvas it lies in.
 SHAPE_CLASSES = (*PATCH_CLASSES[:3], 10)
-SLOT_CLASSES = (*SHAPE_CLASSES * MAX_SHAPES, *(len(CHARACTERS) + 1,) * MAX_CHARACTERS, len(TEXTURES))
 
 
 def patch_targets(scene: Scene, grid: int) -> Ints:
-    """[grid * grid, 4]: kind, colour and size of the shape over each patch, and the character in it; 0 is none."""
+    """[grid * grid, len(PATCH_CLASSES)]: what each patch shows; 0 is nothing."""
     edge = CANVAS / grid
     y, x = (np.mgrid[0:grid, 0:grid] + 0.5) * edge
-    targets = np.zeros((grid, grid, 4), np.int64)
-    for shape in scene.shapes:
+    targets = np.zeros((grid, grid, len(PATCH_CLASSES)), np.int64)
+    for rank, shape in enumerate(scene.shapes, 1):
         covered = np.hypot(x - shape.x, y - shape.y) < max(shape.radius, 0.72 * edge)
-        targets[covered, :3] = _attributes(shape.kind, shape.color, shape.size)
+        targets[covered, :4] = (*_attributes(shape.kind, shape.color, shape.size), rank)
     if scene.label is not None:
-        for character, center in zip(scene.label.text, _character_centers(scene.label), strict=True):
-            row, column = int(scene.label.y // edge), int(np.clip(center // edge, 0, grid - 1))
-            targets[row, column, 3] = 1 + CHARACTERS.index(character)
-    return targets.reshape(grid * grid, 4)
+        covered_rows = abs(y[:, 0] - scene.label.y) < max(0.3 * scene.label.height, 0.5 * edge)
+        for place, (character, center) in enumerate(
+            zip(scene.label.text, _character_centers(scene.label), strict=True), 1
+        ):
+            column = int(np.clip(center // edge, 0, grid - 1))
+            targets[covered_rows, column, 4:] = (1 + CHARACTERS.index(character), place)
+    return targets.reshape(grid * grid, len(PATCH_CLASSES))
 
 
 def slot_targets(scene: Scene) -> Ints:
-    """[len(SLOT_CLASSES)]: attributes and place of each shape from left to right, the label's characters, the texture."""
-    shapes = np.zeros((MAX_SHAPES, 4), np.int64)
+    """[4 * shapes + characters + 1]: what the image slots are to tell.
+
+    Attributes and place of each shape from left to right, the label's characters, the texture.
+    """
+    shapes = np.zeros((MAX_SHAPES, len(SHAPE_CLASSES)), np.int64)
     for index, shape in enumerate(scene.shapes):
         column, row = place_of(shape)
         shapes[index] = (*_attributes(shape.kind, shape.color, shape.size), 1 + 3 * row + column)

@@ -1,4 +1,4 @@
-"""Scenes drawn with Pillow. The fonts are the two that Pillow itself brings, so that a seed draws the same everywhere."""
+"""Scenes drawn with Pillow, in the font that Pillow itself brings, so that a seed draws the same everywhere."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _tint(rng: np.random.Generator, color: tuple[int, int, int], spread: int) ->
     return red, green, blue
 
 
-# --- backgrounds: two pale tones, mixed by a pattern between 0 and 1 ---------------------------------------------------
+# --- backgrounds: two pale tones, mixed by a pattern between 0 and 1 ------------------------------------------------
 
 
 def _plain(x: Pixels, y: Pixels, rng: np.random.Generator) -> Pixels:
@@ -128,17 +128,19 @@ def _star() -> list[Point]:
 
 def _heart() -> list[Point]:
     turns = [2 * pi * index / 60 for index in range(60)]
-    return [
-        (sin(t) ** 3, -(13 * cos(t) - 5 * cos(2 * t) - 2 * cos(3 * t) - cos(4 * t)) / 16 - 0.05) for t in turns
-    ]
+    return [(sin(t) ** 3, -(13 * cos(t) - 5 * cos(2 * t) - 2 * cos(3 * t) - cos(4 * t)) / 16 - 0.05) for t in turns]
 
 
-_CROSS = [(a * sx, b * sy) for sx, sy, pair in (
-    (1, -1, ((0.32, 0.95), (0.32, 0.32), (0.95, 0.32))),
-    (1, 1, ((0.95, 0.32), (0.32, 0.32), (0.32, 0.95))),
-    (-1, 1, ((0.32, 0.95), (0.32, 0.32), (0.95, 0.32))),
-    (-1, -1, ((0.95, 0.32), (0.32, 0.32), (0.32, 0.95))),
-) for a, b in pair]
+_CROSS = [
+    (a * sx, b * sy)
+    for sx, sy, pair in (
+        (1, -1, ((0.32, 0.95), (0.32, 0.32), (0.95, 0.32))),
+        (1, 1, ((0.95, 0.32), (0.32, 0.32), (0.32, 0.95))),
+        (-1, 1, ((0.32, 0.95), (0.32, 0.32), (0.95, 0.32))),
+        (-1, -1, ((0.95, 0.32), (0.32, 0.32), (0.32, 0.95))),
+    )
+    for a, b in pair
+]
 
 _OUTLINES: dict[str, list[Point]] = {
     "square": [(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)],

@@ -12,11 +12,11 @@ SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "heart", "
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")
 SIZES = ("small", "big")
 TEXTURES = ("plain", "gradient", "stripes", "checks", "dots", "noise", "waves", "bricks")
-WORDS = (
-    "CAT DOG SUN SKY TEA BUS CAR MAP BOX CUP HAT PEN RED TOP ZOO FOX "
-    "BIRD FISH TREE MOON STAR BOOK DOOR RAIN SNOW WIND FIRE SHIP TAXI OPEN STOP EXIT "
-    "GO UP NO YES HI OK ON IN"
-).split()
+_WORDS = """
+CAT DOG SUN SKY TEA BUS CAR MAP BOX CUP HAT PEN RED TOP ZOO FOX BIRD FISH TREE MOON STAR BOOK
+DOOR RAIN SNOW WIND FIRE SHIP TAXI OPEN STOP EXIT GO UP NO YES HI OK ON IN
+"""
+WORDS = tuple(_WORDS.split())
 RADIUS = {"small": (15, 19), "big": (29, 34)}
 MAX_SHAPES = 4
 _JITTER = 17
@@ -75,7 +75,7 @@ def make_scene(seed: int, *, max_shapes: int = MAX_SHAPES) -> Scene:
 
 
 def _place_shapes(rng: np.random.Generator, cells: list[tuple[int, int]], count: int) -> tuple[Shape, ...]:
-    """Shapes in cells of their own, from left to right; none if two would touch or their order were a matter of taste."""
+    """Shapes in cells of their own, from left to right; none if two would touch or their order were unclear."""
     chosen = rng.permutation(len(cells))[:count]
     shapes = sorted((_make_shape(rng, *cells[index]) for index in chosen), key=lambda shape: shape.x)
     for index, left in enumerate(shapes):

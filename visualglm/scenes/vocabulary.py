@@ -17,12 +17,14 @@ CONTROL_PIECES = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>"
 _MARKUP_PIECES = ("<n>", "<|tab|>", *(f"<|blank_{count}|>" for count in range(2, 9)))
 # Pieces do not cross this mark, so that every name stays a piece of its own where a language writes no blanks.
 _BOUNDARY = "¦"
-_NAMES = re.compile("|".join(sorted({*ZH.names.values(), *ZH.places.values(), *WORDS, ZH.any_shape, "一个"}, key=len)[::-1]))
+_NAMES = re.compile(
+    "|".join(sorted({*ZH.names.values(), *ZH.places.values(), *WORDS, ZH.any_shape, "一个"}, key=len)[::-1])
+)
 _PROMPT_PARTS = ("<img>", "</img>问：", "答：", "</img>Q:", "Q:", "A:")
 
 
 def train_tokenizer(path: Path, *, vocab_size: int = 768, scenes: int = 6000) -> None:
-    """Write `tokenizer.model`: byte pairs with bytes to fall back on, and pad, unk and controls as the released model has."""
+    """Write `tokenizer.model`: byte pairs with bytes to fall back on; pad, unk and controls as in the released one."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(_NAMES.sub(rf"{_BOUNDARY}\g<0>{_BOUNDARY}", text) for text in _sentences(scenes)),
         pretokenization_delimiter=_BOUNDARY,

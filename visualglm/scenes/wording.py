@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from visualglm.scenes.scene import COLORS, SHAPES, SIZES
+
 Language = Literal["en", "zh"]
 Kind = Literal["describe", "count", "color", "shape", "where", "exists", "text", "compare"]
 KINDS: tuple[Kind, ...] = ("describe", "count", "color", "shape", "where", "exists", "text", "compare")
@@ -55,13 +57,7 @@ def _names(words: str) -> dict[str, str]:
 
 
 EN = Wording(
-    names={
-        word: word
-        for word in (
-            "small big red orange yellow green blue purple pink black "
-            "circle square triangle diamond star cross heart ring"
-        ).split()
-    },
+    names={word: word for word in (*SIZES, *COLORS, *SHAPES)},
     places={
         (0, 0): "top left",
         (1, 0): "top",

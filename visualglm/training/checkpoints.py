@@ -31,14 +31,17 @@ class TrainingState:
 
 
 def save_checkpoint(folder: Path, state: TrainingState, *, keep: int = 2) -> Path:
-    """Write `folder/step-NNNNNNNN` and remove all but the newest `keep`. Raises `CheckpointError` if the disk is full."""
+    """Write `folder/step-NNNNNNNN`, remove all but the newest `keep`; `CheckpointError` if the disk is full."""
     final = folder / f"step-{state.step:08d}"
     beside = folder / f".{final.name}.part"
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         for group, tensors in state.tensors.items():
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, beside / f"{group}.safetensors")
+            save_file(
+                {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+                beside / f"{group}.safetensors",
+            )
         (beside / "state.json").write_text(json.dumps({"step": state.step, **state.values}), "utf-8")
         for path in beside.iterdir():
             _sync(path)
@@ -67,7 +70,9 @@ def load_checkpoint(path: Path) -> TrainingState:
         tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
         return TrainingState(int(values.pop("step")), tensors, values)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"The checkpoint {path} is damaged ({error}); remove it to resume from an older one.") from error
+        raise CheckpointError(
+            f"The checkpoint {path} is damaged ({error}); remove it to resume from an older one."
+        ) from error
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

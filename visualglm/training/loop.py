@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from visualglm.errors import ConfigError
 from visualglm.training.checkpoints import (
@@ -57,7 +57,7 @@ class Trainer(Generic[B]):
     """Trains the parameters of `modules` on batches that are a function of the step alone.
 
     compute_losses: batch → named losses; their sum is what is minimised.
-    batches: first step → endless iterator of batches from that step on; so a resumed run sees what the first would have.
+    batches: first step → the batches from that step on; so a resumed run sees what the first would have.
     """
 
     def __init__(
@@ -68,6 +68,8 @@ class Trainer(Generic[B]):
         batches: Callable[[int], Iterable[B]],
         folder: Path,
         fingerprint: Mapping[str, Any],
+        *,
+        saves: bool = True,
     ) -> None:
         self.config = config
         self.modules = modules
@@ -75,6 +77,7 @@ class Trainer(Generic[B]):
         self.batches = batches
         self.folder = folder
         self.fingerprint = dict(fingerprint)
+        self.saves = saves
         self.parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
@@ -113,11 +116,14 @@ class Trainer(Generic[B]):
                 self.save()
             yield report
 
-    def save(self) -> Path:
+    def save(self) -> None:
+        """Write a checkpoint, in the one process of a run that does."""
+        if not self.saves:
+            return
         tensors = {name: module.state_dict() for name, module in self.modules.items()}
         values = {"fingerprint": self.fingerprint, "skipped_steps": self.skipped_steps}
         state = TrainingState(self.step, {**tensors, "optimizer": flatten_optimizer(self.optimizer)}, values)
-        return save_checkpoint(self.folder, state, keep=self.config.keep_checkpoints)
+        save_checkpoint(self.folder, state, keep=self.config.keep_checkpoints)
 
     def _train_step(self, batch: B) -> StepReport:
         config = self.config
@@ -128,6 +134,7 @@ class Trainer(Generic[B]):
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.compute_losses(batch)
         torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+        average_gradients(self.parameters)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm))
         # One bad batch must not ruin the weights: a step whose gradient is not finite is left out, and counted.
         finite = norm == norm and norm != float("inf")
@@ -136,7 +143,21 @@ class Trainer(Generic[B]):
         else:
             self.skipped_steps += 1
         self.step += 1
-        return StepReport(self.step, {name: float(loss.detach()) for name, loss in losses.items()}, norm, rate, not finite)
+        return StepReport(
+            self.step, {name: float(loss.detach()) for name, loss in losses.items()}, norm, rate, not finite
+        )
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Mean of the gradients over all processes, in one exchange; nothing to do where there is one process."""
+    if not distributed.is_initialized():
+        return
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = mean.view_as(parameter)
 
 
 def append_log(path: Path, report: StepReport) -> None:
