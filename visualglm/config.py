@@ -149,7 +149,7 @@ class VisualGLMConfig(_Config):
             values = json.loads(path.read_text("utf-8"))
         except FileNotFoundError as error:
             raise ConfigError(f"{path} does not exist; give a model directory made by `visualglm convert`.") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path} cannot be read as JSON ({error}); convert the checkpoint again.") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path} must hold one JSON object; convert the checkpoint again.")
