@@ -1,0 +1,89 @@
+"""The built-in model's training, end to end with a handful of steps: what comes out can be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import visualglm
+from visualglm.errors import ConfigError
+from visualglm.scenes.draw import draw_scene
+from visualglm.scenes.scene import make_scene
+from visualglm.training.builtin import BuiltinRecipe, read_recipe, train
+from visualglm.training.checkpoints import checkpoint_folders, load_checkpoint
+
+RECIPE = Path(__file__).parents[2] / "configs" / "builtin.yaml"
+
+
+def short(recipe: BuiltinRecipe) -> BuiltinRecipe:
+    """The same recipe with four steps a stage and small batches."""
+    stages = []
+    for stage in recipe.stages:
+        loop = {"total_steps": 4, "warmup_steps": 2, "checkpoint_every": 2, "log_every": 1, "learning_rate": 1e-3}
+        values = stage.model_dump() | {"loop": loop, "batches": stage.batches.model_dump() | {"scenes": 2}}
+        stages.append(values)
+    return BuiltinRecipe.model_validate(recipe.model_dump() | {"stages": stages})
+
+
+def run(recipe: BuiltinRecipe, output: Path, report: Callable[[int, int], None] = lambda done, total: None) -> Path:
+    path = train(recipe, output, workers=0, device="cpu", report=report, tell=lambda text: None)
+    assert path is not None
+    return path
+
+
+def test_trains_a_model_that_can_be_asked_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    recipe = short(read_recipe(RECIPE))
+    seen: list[tuple[int, int]] = []
+    model = visualglm.load(run(recipe, tmp_path / "whole", lambda *pair: seen.append(pair)))
+    assert isinstance(model.ask(draw_scene(make_scene(1)), "图里有什么？", max_new_tokens=4), str)
+    assert seen == [(step, 12) for step in range(1, 13)]
+    assert (tmp_path / "whole" / "both.png").is_file()
+
+    class StopHereError(Exception):
+        pass
+
+    def stop_in_the_second_stage(done: int, total: int) -> None:
+        if done == 7:
+            raise StopHereError
+
+    with pytest.raises(StopHereError):
+        run(recipe, tmp_path / "stopped", stop_in_the_second_stage)
+    run(recipe, tmp_path / "stopped")
+    whole, resumed = (
+        load_checkpoint(checkpoint_folders(tmp_path / name / "3-both")[-1]).tensors["builtin"]
+        for name in ("whole", "stopped")
+    )
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_only_the_parts_of_a_stage_learn(tmp_path: Path) -> None:
+    run(short(read_recipe(RECIPE)), tmp_path)
+    see, speak = (
+        load_checkpoint(checkpoint_folders(tmp_path / folder)[-1]).tensors["builtin"] for folder in ("1-see", "2-speak")
+    )
+    changed = {name.split(".")[1] for name in see if not torch.equal(see[name], speak[name])}
+    assert changed == {"text"}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"sed": 1}, "sed: Extra inputs are not permitted"),
+        ({"model": {"vision": {"image_size": 113}}}, "image_size 113 is not a multiple of vision.patch_size 14"),
+    ],
+)
+def test_faults_of_a_recipe_are_named(tmp_path: Path, change: dict[str, object], sentence: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(RECIPE.read_text()) | change))
+    with pytest.raises(ConfigError, match="recipe.yaml is not valid: .*" + sentence):
+        read_recipe(path)
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml cannot be read"):
+        read_recipe(tmp_path / "none.yaml")
