@@ -154,6 +154,12 @@ class SceneBatches:
         return Rows(layout, labels, np.array([row.scene for row in rows], np.int64))
 
 
+def sample_pixels(image_size: int, scenes: int = 300) -> NDArray[np.float32]:
+    """Pixels [scenes, 3, S, S] of some scenes, none of them held out."""
+    drawn = (draw_scene(make_scene(HELD_OUT_SEEDS - 1 - index)) for index in range(scenes))
+    return np.stack([preprocess(picture, image_size) for picture in drawn])
+
+
 # --- what the drawing knows: extra targets that teach the eye to see before the decoder can talk ----------------------
 
 # Of each patch: kind, colour, size and rank (from the left) of its shape, its character and that one's place.

@@ -19,12 +19,12 @@ from visualglm.backends.torch.joined import VisualGLMModel
 from visualglm.config import VisualGLMConfig
 from visualglm.errors import ConfigError
 from visualglm.processing.tokenizer import Tokenizer
-from visualglm.scenes.dataset import BatchPlan, Rows, SceneBatch, SceneBatches
+from visualglm.scenes.dataset import BatchPlan, Rows, SceneBatch, SceneBatches, sample_pixels
 from visualglm.scenes.teacher import SceneTeacher
 from visualglm.scenes.vocabulary import train_tokenizer
 from visualglm.training.curve import draw_curve
 from visualglm.training.initialize import initialize
-from visualglm.training.loop import LoopConfig, StepReport, Trainer, append_log
+from visualglm.training.loop import LoopConfig, StepReport, Trainer, append_log, share_parameters
 from visualglm.training.publish import publish
 
 Part = Literal["vision", "qformer", "projection", "text", "teacher"]
@@ -84,7 +84,7 @@ class Builtin(nn.Module):
     def __init__(self, recipe: BuiltinRecipe) -> None:
         super().__init__()
         self.model = VisualGLMModel(recipe.model)
-        initialize(self.model, recipe.seed)
+        initialize(self.model, recipe.seed, torch.from_numpy(sample_pixels(recipe.model.vision.image_size)))
         self.teacher = SceneTeacher(recipe.model)
 
     def learn(self, parts: Iterable[Part]) -> None:
@@ -143,6 +143,7 @@ def train(
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(recipe, output, process)
     builtin = Builtin(recipe).to(process.device)
+    share_parameters(builtin)
     done, total = 0, sum(stage.loop.total_steps for stage in recipe.stages)
     for index, stage in enumerate(recipe.stages):
         builtin.learn(stage.learns)

@@ -16,10 +16,15 @@ from visualglm.config import TextConfig, VisionConfig
 _FIRST_LOOKS = (((1, 0), (-1, 0), (0, 1), (0, -1)), ((1, 1), (-1, 1), (1, -1), (-1, -1)))
 # Logits of a patch in the wanted column, or row: in both, it gets about four fifths of the attention.
 _LOOK_LOGIT = 4.0
+# Variances below this, in squared normalised pixels, are noise not worth amplifying.
+_WHITENING_FLOOR = 0.1
 
 
-def initialize(model: VisualGLMModel, seed: int) -> None:
-    """Xavier for matrices and zero for biases, with a decoder that starts calm and a ViT that starts near-sighted."""
+def initialize(model: VisualGLMModel, seed: int, sample: Tensor) -> None:
+    """Xavier for matrices and zero for biases, with a decoder that starts calm and a ViT that starts near-sighted.
+
+    sample: pixels [images, 3, S, S] of some pictures of the kind that the model is to see.
+    """
     torch.manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -32,6 +37,7 @@ def initialize(model: VisualGLMModel, seed: int) -> None:
     with torch.no_grad():
         _calm_decoder(model.text.layers, model.config.text)
         _near_sighted(model.vision, model.config.vision)
+        _whiten_patches(model.vision, model.config.vision, sample)
 
 
 def _calm_decoder(layers: nn.ModuleList, config: TextConfig) -> None:
@@ -51,11 +57,25 @@ def _near_sighted(vision: ViT, config: VisionConfig) -> None:
     positions = sine_positions(config)
     vision.position_embeddings.zero_()
     vision.position_embeddings[:, : positions.shape[1]] = positions
-    vision.patch_embed.weight.mul_(0.5)
-    vision.patch_embed.weight[: positions.shape[1]] = 0
     for layer, looks in zip(vision.layers, _FIRST_LOOKS, strict=False):
         for head, look in enumerate(looks[: config.num_attention_heads - 1]):
             _look_at(layer.attention, head, look)
+
+
+def _whiten_patches(vision: ViT, config: VisionConfig, sample: Tensor) -> None:
+    """Patch embeddings start as the sample's principal components, each of like strength.
+
+    Else a patch's mean colour drowns its edges, and shapes are learned late (whitening as in CIFAR speed runs).
+    """
+    size, first = config.patch_size, config.hidden_size // config.num_attention_heads
+    patches = sample.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3 * size**2)
+    mean = patches.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov(patches.T).double())
+    kept = min(config.hidden_size - first, len(values))
+    scaled = (vectors / (values + _WHITENING_FLOOR).sqrt())[:, -kept:].T.float()
+    vision.patch_embed.weight.zero_()
+    vision.patch_embed.weight[first : first + kept] = scaled.view(kept, 3, size, size)
+    vision.patch_embed.bias[first : first + kept] = -scaled @ mean
 
 
 def sine_positions(config: VisionConfig) -> Tensor:
@@ -77,7 +97,7 @@ def _waves(places: Tensor, head_dim: int) -> Tensor:
 
 
 def _look_at(attention: SelfAttention, head: int, look: tuple[int, int]) -> None:
-    """Make one head's queries, turned by `look`, meet the keys of the patch there: <turn(p), q> peaks at q = p + look."""
+    """One head's queries, turned by `look`, meet the keys of the patch there: <turn(p), q> peaks at q = p + look."""
     width = attention.proj.in_features
     head_dim = width // attention.num_heads
     count = head_dim // 4

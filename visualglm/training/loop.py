@@ -148,6 +148,13 @@ class Trainer(Generic[B]):
         )
 
 
+def share_parameters(module: nn.Module) -> None:
+    """Give every process the parameters of the first; nothing to do where there is one process."""
+    if distributed.is_initialized():
+        for parameter in module.parameters():
+            distributed.broadcast(parameter.data, src=0)
+
+
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Mean of the gradients over all processes, in one exchange; nothing to do where there is one process."""
     if not distributed.is_initialized():
