@@ -23,15 +23,16 @@ QUESTIONS = {
 }
 PICTURE, MARGIN, LINE, GAP = 448, 28, 34, 12
 WIDTH, HEIGHT = PICTURE + 2 * MARGIN, 960
+MARKS = "，。？！"
 PAPER, QUESTION, ANSWER = "#ffffff", "#57606a", "#1f2328"
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Lines no wider than a picture; English breaks between words, Chinese anywhere."""
+    """Lines no wider than a picture; English breaks between words, Chinese anywhere but before a mark."""
     lines = [""]
     for word in text.replace(" ", " \0").split("\0"):
         for piece in word if font.getlength(word) > PICTURE else [word]:
-            if font.getlength((lines[-1] + piece).rstrip()) > PICTURE:
+            if piece not in MARKS and font.getlength((lines[-1] + piece).rstrip()) > PICTURE:
                 lines.append("")
             lines[-1] += piece
     return lines
