@@ -1,0 +1,67 @@
+"""How much memory a model takes, and how much there is."""
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from visualglm.config import VisualGLMConfig
+from visualglm.errors import DeviceError
+from visualglm.memory import MemoryEstimate, available_memory, container_memory, estimate_memory, gib, require_memory
+from visualglm.parameters import parameter_count
+
+GIB, MIB = 2**30, 2**20
+
+
+def test_the_released_model():
+    half, single = (estimate_memory(VisualGLMConfig(), dtype) for dtype in ("bfloat16", "float32"))
+    assert half.weights == 2 * 7_802_193_408
+    # Keys and values, layers, width, columns, bytes.
+    assert half.kv_cache == 2 * 28 * 4096 * 2048 * 2
+    assert (single.weights, single.kv_cache) == (2 * half.weights, 2 * half.kv_cache)
+    assert estimate_memory(VisualGLMConfig(), "float16", batch_size=3).kv_cache == 3 * half.kv_cache
+    assert str(half) == "16.0 GiB (weights 14.5 GiB, cache 896 MiB, work 600 MiB)"
+    assert half.total == half.weights + half.kv_cache + half.working
+
+
+def test_a_small_model(tiny_config: VisualGLMConfig):
+    assert estimate_memory(tiny_config, "float32").weights == 4 * parameter_count(tiny_config)
+
+
+def test_what_does_not_fit_is_refused():
+    estimate = MemoryEstimate(weights=10 * GIB, kv_cache=GIB, working=GIB)
+    require_memory(estimate, 11 * GIB, "cpu")
+    message = (
+        "The model takes 12.0 GiB (weights 10.0 GiB, cache 1.0 GiB, work 1.0 GiB), but cuda:0 has 11.0 GiB left; "
+        "close other programs, or load it in a smaller precision or on another machine."
+    )
+    with pytest.raises(DeviceError) as caught:
+        require_memory(estimate, 11 * GIB - 1, "cuda:0")
+    assert str(caught.value) == message
+
+
+def test_sizes_as_people_read_them():
+    assert [gib(size) for size in (0, 5 * MIB, GIB - MIB, GIB, 3 * GIB // 2)] == [
+        "0 MiB", "5 MiB", "1023 MiB", "1.0 GiB", "1.5 GiB",
+    ]  # fmt: skip
+
+
+def test_available_memory_is_some_of_the_machines():
+    assert 0 < available_memory() <= psutil.virtual_memory().total
+
+
+def write_cgroup(folder: Path, limit: str) -> Path:
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{5 * GIB}\n")
+    (folder / "memory.stat").write_text(f"anon {3 * GIB}\nactive_file 0\ninactive_file {2 * GIB}\n")
+    return folder
+
+
+def test_a_containers_limit(tmp_path: Path):
+    """Files that were only read are given up first, so they do not count as used."""
+    assert container_memory(write_cgroup(tmp_path, str(8 * GIB))) == 5 * GIB
+
+
+def test_no_limit(tmp_path: Path):
+    assert container_memory(tmp_path / "no" / "cgroup") == float("inf")
+    assert container_memory(write_cgroup(tmp_path, "max")) == float("inf")
