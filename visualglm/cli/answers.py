@@ -12,7 +12,8 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 def shown(pieces: Iterable[str]) -> Iterator[str]:
     """`pieces`, each written to stdout as it passes."""
+    is_terminal = sys.stdout.isatty()
     for piece in pieces:
-        sys.stdout.write(_CONTROL.sub("\ufffd", piece))
+        sys.stdout.write(_CONTROL.sub("\ufffd", piece) if is_terminal else piece)
         sys.stdout.flush()
         yield piece

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from pathlib import Path
 from typing import Annotated
 
 from typer import Exit, Option
@@ -119,7 +119,7 @@ class Conversation:
             self.history.clear()
             self._messages.tell("What was said is forgotten.")
         else:
-            self._messages.tell(HELP)
+            print(HELP, file=sys.stderr)
 
     def _drop_what_does_not_fit(self, question: str) -> None:
         prompt = self._model.prompt(
@@ -131,12 +131,11 @@ class Conversation:
         )
         if prompt.dropped_turns:
             del self.history[: prompt.dropped_turns]
-            turns = "turn" if prompt.dropped_turns == 1 else f"{prompt.dropped_turns} turns"
-            self._messages.tell(f"(the oldest {turns} no longer fit and are forgotten)")
+            self._messages.tell(f"(the model's window is full; oldest turns forgotten: {prompt.dropped_turns})")
 
 
 def _typed_path(text: str) -> str:
     """A path as typed or dropped into a terminal: maybe in quotes, maybe beginning with ~."""
     if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
         text = text[1:-1]
-    return str(Path(text).expanduser()) if text.startswith("~") else text
+    return os.path.expanduser(text)

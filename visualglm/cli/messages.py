@@ -94,4 +94,7 @@ def print_table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> No
     table = Table(*header, box=None, show_header=bool(header), pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        print(line.rstrip())

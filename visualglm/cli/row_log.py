@@ -56,9 +56,10 @@ class RowLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._size():
-            self.path.unlink(missing_ok=True)
+        is_empty = not self._size()
         self._file.close()
+        if is_empty:
+            self.path.unlink(missing_ok=True)
 
     def resume(self, expected: Iterable[Values]) -> list[bool]:
         """Compare the rows there are with those `expected`, which they hold and add to; cut off a torn last line.

@@ -1,0 +1,190 @@
+"""`visualglm convert`, `check` and `info`."""
+
+import io
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import visualglm
+from tests.cli.program import Invoke, change_config
+from visualglm.checkpoint.model_dir import open_model_directory
+from visualglm.checkpoint.weights_license import WEIGHTS_LICENSE
+
+
+@pytest.fixture
+def own_model_dir(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model, to be damaged."""
+    return Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+
+
+@pytest.fixture
+def sat(invoke: Invoke, tiny_model_dir: Path, tmp_path: Path) -> Path:
+    """The tiny model as a SAT archive."""
+    assert invoke("convert", tiny_model_dir, tmp_path / "sat", "--to", "sat").code == 0
+    return tmp_path / "sat"
+
+
+def marks(out: str) -> dict[str, str]:
+    """What `check` found for each thing."""
+    rows = [line.split(None, 1) for line in out.splitlines()]
+    return {rest.split("  ")[0]: mark for mark, rest in rows}
+
+
+def test_there_and_back(invoke: Invoke, tiny_model_dir: Path, sat: Path, tmp_path: Path):
+    outcome = invoke("convert", sat, tmp_path / "hf", "--to", "hf")
+    assert outcome.out.splitlines() == [
+        f"source   {sat}: SAT archive, q, k and v one after the other",
+        "weights  91,248 parameters, float16, 0 MiB",
+        f"output   {tmp_path / 'hf'}: Hugging Face checkpoint",
+    ]
+    assert WEIGHTS_LICENSE.strip() in outcome.err
+    assert invoke("convert", tmp_path / "hf", tmp_path / "back").code == 0
+    back = open_model_directory(tmp_path / "back")
+    assert (
+        back.manifest.files["model.safetensors"]
+        == open_model_directory(tiny_model_dir).manifest.files["model.safetensors"]
+    )
+    ask = ("What is it?", "--max-new-tokens", 9)
+    assert invoke("ask", "-m", tmp_path / "back", *ask).out == invoke("ask", "-m", tiny_model_dir, *ask).out
+
+
+def test_without_a_tokenizer(invoke: Invoke, sat: Path, tiny_tokenizer_path: Path, tmp_path: Path):
+    (sat / "ice_text.model").unlink()
+    outcome = invoke("convert", sat, tmp_path / "model")
+    assert outcome.code == 0
+    assert "Warning: there is no tokenizer, so this model can be converted back but not asked" in outcome.err
+    assert "has no tokenizer.model" in invoke("ask", "-m", tmp_path / "model", "What?").error
+    assert marks(invoke("check", tmp_path / "model").out)["tokenizer"] == "–"
+    assert "is not empty; give another folder, or --force" in invoke("convert", sat, tmp_path / "model").error
+    again = invoke("convert", sat, tmp_path / "model", "--force", "--quiet", "--tokenizer", tiny_tokenizer_path)
+    assert (again.code, again.err) == (0, "")
+    assert marks(invoke("check", tmp_path / "model").out)["tokenizer"] == "✓"
+
+
+def test_hostile_pickle(invoke: Invoke, sat: Path, tmp_path: Path):
+    """Code in a checkpoint is not run, and nothing is written."""
+    path = sat / "1" / "mp_rank_00_model_states.pt"
+    harmless = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in harmless.namelist():
+            hostile = f"cposix\nsystem\n(S'touch {tmp_path / 'harm'}'\ntR.".encode()
+            archive.writestr(name, hostile if name.endswith("data.pkl") else harmless.read(name))
+    error = invoke("convert", sat, tmp_path / "out").error
+    assert str(path) in error and "posix.system" in error
+    assert not (tmp_path / "harm").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("model_config.json", None, "is no checkpoint"),
+        ("latest", None, "is missing or unreadable"),
+        ("1/mp_rank_00_model_states.pt", None, "is missing"),
+        ("1/mp_rank_00_model_states.pt", b"", "mp_rank_00_model_states.pt"),
+        ("1/mp_rank_00_model_states.pt", b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
+        ("ice_text.model", b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
+        ("ice_text.model", b"<html>", "ice_text.model"),
+    ],
+    ids=range(7),
+)
+def test_incomplete_archives(name: str, content: bytes | None, words: str, invoke: Invoke, sat: Path, tmp_path: Path):
+    if content is None:
+        (sat / name).unlink()
+    else:
+        (sat / name).write_bytes(content)
+    assert words in invoke("convert", sat, tmp_path / "out").error
+    assert [path.name for path in tmp_path.iterdir()] == ["sat"]
+
+
+def test_missing_shard(invoke: Invoke, tiny_model_dir: Path, tmp_path: Path):
+    invoke("convert", tiny_model_dir, tmp_path / "hf", "--to", "hf")
+    index = {"weight_map": {"lm_head.weight": "pytorch_model-00002-of-00002.bin"}}
+    (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    error = invoke("convert", tmp_path / "hf", tmp_path / "out").error
+    assert "lacks 1 of the 1 files" in error and "pytorch_model-00002-of-00002.bin" in error
+
+
+def test_check_of_a_whole_model(invoke: Invoke, tiny_model_dir: Path):
+    outcome = invoke("check", tiny_model_dir)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert set(marks(outcome.out).values()) == {"✓"}
+    for line in (
+        "✓  model.safetensors    191,392 bytes, hash as written",
+        "✓  configuration        91,248 parameters, float16",
+        "✓  tokenizer            not the released one, but it fits; ",
+        "✓  memory, bfloat16     takes ",
+    ):
+        assert line in outcome.out
+
+
+def test_check_goes_on_with_a_broken_model(invoke: Invoke, own_model_dir: Path):
+    weights = own_model_dir / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    (own_model_dir / "WEIGHTS_LICENSE.txt").unlink()
+    change_config(own_model_dir, "text", num_hidden_layers=1)
+    outcome = invoke("check", own_model_dir)
+    assert outcome.code == 1 and "Traceback" not in outcome.err
+    found = marks(outcome.out)
+    assert {name for name, mark in found.items() if mark == "✗"} == {
+        "model.safetensors",
+        "WEIGHTS_LICENSE.txt",
+        "tensors",
+    }
+    assert found["config.json"] == found["tokenizer.model"] == found["tokenizer"] == "✓"
+    assert "✗  model.safetensors    changed since it was written" in outcome.out
+    assert "12 unexpected (text.layers.1.input_norm.weight" in outcome.out
+
+
+def test_check_without_a_manifest_and_without_a_configuration(invoke: Invoke, own_model_dir: Path):
+    (own_model_dir / "manifest.json").unlink()
+    outcome = invoke("check", own_model_dir)
+    assert outcome.code == 1
+    assert {name for name, mark in marks(outcome.out).items() if mark == "✗"} == {"manifest.json"}
+    (own_model_dir / "config.json").write_text("{")
+    outcome = invoke("check", own_model_dir)
+    assert outcome.code == 1 and "–  the rest" in outcome.out
+    assert "does not exist" in invoke("check", own_model_dir / "nothing").error
+
+
+def test_check_of_foreign_checkpoints(invoke: Invoke, tiny_model_dir: Path, sat: Path, tmp_path: Path):
+    invoke("convert", tiny_model_dir, tmp_path / "hf", "--to", "hf")
+    for path, kind in ((sat, "sat"), (tmp_path / "hf", "hf")):
+        outcome = invoke("check", path)
+        assert outcome.code == 0
+        assert f"{kind} checkpoint, " in outcome.out and "91,248 parameters, float16" in outcome.out
+    (sat / "latest").unlink()
+    outcome = invoke("check", sat)
+    assert outcome.code == 1 and outcome.out.startswith("✗  tensors")
+
+
+def test_check_of_the_built_in_model(invoke: Invoke, builtin_model_dir: Path):
+    assert invoke("check").code == 0
+
+
+def test_info(invoke: Invoke, tiny_model_dir: Path):
+    outcome = invoke("info", tiny_model_dir)
+    assert (outcome.code, outcome.err) == (0, "")
+    directory = open_model_directory(tiny_model_dir)
+    for line in (
+        f"visualglm  {visualglm.__version__}",
+        f"processor  {os.cpu_count()} cores",
+        f"fingerprint  {directory.fingerprint}",
+        "source       random",
+        "licence      Free to use.",
+        "part        layers  width  heads  MLP  parameters  other",
+        "projection  1       24→32              800",
+    ):
+        assert line in outcome.out.splitlines()
+    assert any(line.startswith("devices    cpu (") for line in outcome.out.splitlines())
+
+
+def test_info_tells_of_the_machine_before_it_looks_at_the_model(invoke: Invoke, tmp_path: Path):
+    outcome = invoke("info", tmp_path)
+    assert outcome.code == 1
+    assert outcome.out.startswith("visualglm  ") and "visualglm: error: " in outcome.err

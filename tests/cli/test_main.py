@@ -1,0 +1,109 @@
+"""Exit codes and streams, whatever happens."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.program import Invoke, finish, spawn
+from visualglm import __version__
+from visualglm.cli import info
+from visualglm.cli.table import COMMANDS
+
+
+def test_help_shows_all_commands_and_imports_none(tmp_path: Path):
+    program = (
+        "import sys; from visualglm.cli.main import run; run(['--help']);"
+        "print([name for name in sys.modules if name.split('.')[0] in ('numpy', 'torch', 'pydantic', 'rich', 'PIL')"
+        " or name.startswith(('visualglm.cli.', 'visualglm.checkpoint'))])"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert all(f"  {name} " in out for name in COMMANDS)
+    assert out.splitlines()[-1] == "['visualglm.cli.main', 'visualglm.cli.table']"
+
+
+def test_version(invoke: Invoke):
+    outcome = invoke("--version")
+    assert (outcome.code, outcome.out) == (0, f"visualglm {__version__}\n")
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "bench"])
+def test_every_command_has_help(name: str, invoke: Invoke):
+    outcome = invoke(name, "--help")
+    assert outcome.code == 0
+    assert f"Usage: visualglm {name}" in outcome.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["draw"],
+        ["ask"],
+        ["ask", "--no-such-option", "what?"],
+        ["ask", "--dtype", "int3", "what?"],
+        ["ask", "--max-new-tokens", "many", "what?"],
+        ["caption", "folder"],
+        ["convert", "a", "b", "--to", "onnx"],
+    ],
+)
+def test_wrong_usage(arguments: list[str], invoke: Invoke):
+    outcome = invoke(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("Usage: visualglm") and "Error: " in outcome.err
+
+
+def test_unknown_command_names_those_there_are(invoke: Invoke):
+    assert "'draw'; the commands are ask, chat," in invoke("draw").err
+
+
+def test_a_fault_in_the_program_is_one_line(invoke: Invoke, monkeypatch: pytest.MonkeyPatch):
+    def fail() -> None:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(info, "info", fail)
+    outcome = invoke("info")
+    assert outcome.code == 70
+    assert outcome.err == (
+        "visualglm: error: This is a fault in the program (RuntimeError: two lines); "
+        "set VISUALGLM_DEBUG=1 to see where, and report it.\n"
+    )
+    monkeypatch.setenv("VISUALGLM_DEBUG", "1")
+    assert "Traceback" in invoke("info").err
+
+
+def test_nobody_reads_the_output(tiny_model_dir: Path):
+    read, write = os.pipe()
+    os.close(read)
+    process = spawn("check", tiny_model_dir, stdout=write)
+    os.close(write)
+    outcome = finish(process)
+    assert (outcome.code, outcome.err) == (1, "")
+
+
+def test_output_on_a_full_disk(tiny_model_dir: Path):
+    with open("/dev/full", "w") as full:
+        outcome = finish(spawn("check", tiny_model_dir, stdout=full))
+    assert (
+        outcome.error == "visualglm: error: The disk is full, the output could not be written; make room and try again."
+    )
+
+
+def test_ctrl_c(tiny_model_dir: Path):
+    process = spawn("chat", "--model", tiny_model_dir)
+    assert process.stderr
+    assert process.stderr.readline().startswith("loaded ")
+    process.send_signal(signal.SIGINT)
+    outcome = finish(process)
+    assert (outcome.code, outcome.out, outcome.err) == (130, "", "visualglm: interrupted\n")
+
+
+def test_a_terminal_without_chinese(tiny_model_dir: Path):
+    command = ["ask", "--model", tiny_model_dir, "--max-new-tokens", "20", "What is it?"]
+    full = finish(spawn(*command, env={"PYTHONIOENCODING": "utf-8"}))
+    ascii_only = finish(spawn(*command, env={"PYTHONIOENCODING": "ascii"}))
+    assert not full.out.isascii()
+    assert ascii_only.code == 0
+    assert ascii_only.out == full.out.encode("ascii", "backslashreplace").decode()

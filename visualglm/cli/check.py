@@ -1,0 +1,178 @@
+"""`visualglm check`: whether a model is whole, and whether it fits this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, TypeVar, get_args
+
+from typer import Argument, Exit
+
+from visualglm.checkpoint.checks import check_tensors
+from visualglm.checkpoint.contents import Checkpoint
+from visualglm.checkpoint.files import file_pieces, hash_pieces, read_json_object, require_file, require_folder
+from visualglm.checkpoint.foreign import TOKENIZER as FOREIGN_TOKENIZER
+from visualglm.checkpoint.foreign_config import HF_CONFIG, SAT_CONFIG
+from visualglm.checkpoint.hf import read_hf
+from visualglm.checkpoint.manifest import MANIFEST, FileRecord, Manifest
+from visualglm.checkpoint.model_dir import CONFIG, INDEX, TOKENIZER, WEIGHTS
+from visualglm.checkpoint.progress import ByteProgress
+from visualglm.checkpoint.safetensors_file import read_safetensors
+from visualglm.checkpoint.sat import read_sat
+from visualglm.checkpoint.shards import read_sharded
+from visualglm.checkpoint.tensors import StoredTensor
+from visualglm.cli.messages import Messages, print_table
+from visualglm.cli.options import Quiet
+from visualglm.config import DType, VisualGLMConfig
+from visualglm.errors import CheckpointError, VisualGLMError
+from visualglm.loading import builtin_path
+from visualglm.memory import available_memory, estimate_memory, gib
+from visualglm.parameters import parameter_count, parameter_shapes
+from visualglm.processing.tokenizer import Tokenizer
+
+GOOD, BAD, NEITHER = "✓", "✗", "–"
+
+T = TypeVar("T")
+
+
+def check(
+    model: Annotated[
+        Path | None,
+        Argument(metavar="MODEL", help="Model directory, SAT archive or Hugging Face folder; else the built-in model."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Check a model: files, hashes, tensors, tokenizer, memory. The exit code is 1 if something is wrong."""
+    path = builtin_path() if model is None else model
+    require_folder(path)
+    findings = Findings()
+    read_foreign = _foreign_reader(path)
+    if read_foreign:
+        _check_foreign(path, read_foreign, findings)
+    else:
+        _check_model_directory(path, findings, Messages(quiet))
+    print_table(findings.rows)
+    if findings.is_bad:
+        raise Exit(1)
+
+
+class Findings:
+    """One row for each thing that was looked at: a mark, what it is, and what was found."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, str, str]] = []
+
+    @property
+    def is_bad(self) -> bool:
+        return any(mark == BAD for mark, _, _ in self.rows)
+
+    def add(self, mark: str, what: str, found: str) -> None:
+        self.rows.append((mark, what, found))
+
+    def attempt(self, what: str, action: Callable[[], T], describe: Callable[[T], str]) -> T | None:
+        """The result of `action`; None, and the reason in a row, if it fails."""
+        try:
+            result = action()
+        except VisualGLMError as error:
+            self.add(BAD, what, str(error))
+            return None
+        self.add(GOOD, what, describe(result))
+        return result
+
+
+def _foreign_reader(path: Path) -> Callable[[Path], Checkpoint] | None:
+    if (path / MANIFEST).exists():
+        return None
+    if (path / SAT_CONFIG.file_name).exists():
+        return read_sat
+    try:
+        is_hf = HF_CONFIG.vision_section in read_json_object(path / HF_CONFIG.file_name)
+    except CheckpointError:
+        return None
+    return read_hf if is_hf else None
+
+
+def _check_foreign(path: Path, read: Callable[[Path], Checkpoint], findings: Findings) -> None:
+    checkpoint = findings.attempt("tensors", lambda: read(path), _describe_foreign)
+    if checkpoint:
+        _check_use(path / FOREIGN_TOKENIZER, checkpoint.config, findings)
+
+
+def _describe_foreign(checkpoint: Checkpoint) -> str:
+    config, source = checkpoint.config, checkpoint.source
+    return (
+        f"{source.format} checkpoint, {len(checkpoint.tensors):,} tensors of the right shapes, "
+        f"{parameter_count(config):,} parameters, {config.dtype}, q, k and v packed as {source.layout}"
+    )
+
+
+def _check_model_directory(path: Path, findings: Findings, messages: Messages) -> None:
+    manifest = findings.attempt(
+        MANIFEST, lambda: Manifest.from_file(path / MANIFEST), lambda manifest: f"made from {manifest.source.format}"
+    )
+    if manifest:
+        _check_files(path, manifest.files, findings, messages)
+    config = findings.attempt(
+        "configuration",
+        lambda: VisualGLMConfig.from_file(path / CONFIG),
+        lambda config: f"{parameter_count(config):,} parameters, {config.dtype}",
+    )
+    if config is None:
+        findings.add(NEITHER, "the rest", f"cannot be checked without {CONFIG}")
+        return
+    findings.attempt(
+        "tensors", partial(_fitting_tensors, path, config), lambda tensors: f"{len(tensors):,}, all of the right shape"
+    )
+    _check_use(path / TOKENIZER, config, findings)
+
+
+def _check_files(path: Path, files: Mapping[str, FileRecord], findings: Findings, messages: Messages) -> None:
+    with messages.byte_progress("hashing") as report:
+        progress = ByteProgress(sum(record.size for record in files.values()), report)
+        faults = progress.run(partial(_file_fault, path / name, record, progress) for name, record in files.items())
+    for (name, record), fault in zip(files.items(), faults, strict=True):
+        findings.add(BAD if fault else GOOD, name, fault or f"{record.size:,} bytes, hash as written")
+
+
+def _file_fault(path: Path, record: FileRecord, progress: ByteProgress) -> str | None:
+    """What is wrong with a file, if something is."""
+    try:
+        require_file(path)
+        size = path.stat().st_size
+        if size != record.size:
+            return f"{size:,} bytes instead of {record.size:,}: cut short or changed; convert the checkpoint again"
+        if hash_pieces(progress.track(file_pieces(path))) != record.sha256:
+            return "changed since it was written; convert the checkpoint again"
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _fitting_tensors(path: Path, config: VisualGLMConfig) -> Mapping[str, StoredTensor]:
+    index, single = path / INDEX, path / "".join(WEIGHTS)
+    tensors = read_sharded(index, read_safetensors) if index.exists() else read_safetensors(single)
+    check_tensors(path, tensors, parameter_shapes(config))
+    return tensors
+
+
+def _check_use(tokenizer: Path, config: VisualGLMConfig, findings: Findings) -> None:
+    """What it takes to ask a model: its tokenizer, and memory."""
+    if tokenizer.exists():
+        findings.attempt("tokenizer", lambda: Tokenizer.for_model(tokenizer, config.text), _describe_tokenizer)
+    else:
+        findings.add(NEITHER, "tokenizer", f"no {tokenizer.name}: the model can be converted, but not asked")
+    free = available_memory()
+    for dtype in get_args(DType):
+        estimate = estimate_memory(config, dtype)
+        fits = estimate.total <= free
+        findings.add(
+            GOOD if fits else NEITHER,
+            f"memory, {dtype}",
+            f"takes {estimate}; {'fits' if fits else 'does not fit'}: {gib(free)} are free",
+        )
+
+
+def _describe_tokenizer(tokenizer: Tokenizer) -> str:
+    which = "the released ice_text.model" if tokenizer.is_released else "not the released one, but it fits"
+    return f"{which}; {tokenizer.vocab_size:,} ids"

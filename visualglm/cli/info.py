@@ -1,0 +1,121 @@
+"""`visualglm info`: what this program, this machine and a model are."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+from typer import Argument
+
+from visualglm import __version__
+from visualglm.checkpoint.model_dir import LICENSE, ModelDirectory, open_model_directory
+from visualglm.cli.messages import print_table
+from visualglm.config import VisualGLMConfig
+from visualglm.loading import BUILTIN_NOTICE, builtin_path
+from visualglm.memory import available_memory, gib
+from visualglm.parameters import parameter_count, parameter_shapes
+
+_LIBRARIES = ("numpy", "pillow", "sentencepiece", "safetensors", "pydantic", "typer", "rich")
+
+Row = tuple[str, str]
+
+
+def info(
+    model: Annotated[Path | None, Argument(metavar="MODEL", help="Model directory; else the built-in model.")] = None,
+) -> None:
+    """Show version, machine, devices, and what a model is."""
+    print_table([*_program(), *_torch()])
+    print()
+    directory = open_model_directory(builtin_path() if model is None else model)
+    print_table(_model(directory, is_builtin=model is None))
+    print()
+    print_table(_parts(directory.config), header=("part", "layers", "width", "heads", "MLP", "parameters", "other"))
+
+
+def _program() -> list[Row]:
+    memory = psutil.virtual_memory()
+    return [
+        ("visualglm", __version__),
+        ("Python", f"{platform.python_version()} ({sys.executable})"),
+        ("system", platform.platform()),
+        ("processor", f"{os.cpu_count()} cores"),
+        ("memory", f"{gib(memory.total)}, of which {gib(available_memory())} are free"),
+        ("libraries", ", ".join(f"{name} {_version(name)}" for name in _LIBRARIES)),
+    ]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _torch() -> list[Row]:
+    found = _version("torch")
+    if found == "not installed":
+        return [("torch", "not installed; `pip install 'visualglm[torch]'` adds what computes")]
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return [("torch", f"{found}, but it cannot be imported ({error})")]
+    devices = [f"cpu ({torch.get_num_threads()} threads)"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(f"cuda:{index} ({properties.name}, {gib(properties.total_memory)})")
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    return [("torch", found), ("devices", ", ".join(devices))]
+
+
+def _model(directory: ModelDirectory, *, is_builtin: bool) -> list[Row]:
+    config, manifest = directory.config, directory.manifest
+    license_path = directory.path / LICENSE
+    license_text = license_path.read_text("utf-8").strip() if license_path.is_file() else "none is given"
+    return [
+        ("model", str(directory.path)),
+        *([("", BUILTIN_NOTICE)] if is_builtin else []),
+        ("parameters", f"{parameter_count(config):,}, {config.dtype}, {gib(directory.checkpoint.size_bytes)}"),
+        (
+            "tokenizer",
+            "none: it cannot be asked" if directory.tokenizer_path is None else directory.tokenizer_path.name,
+        ),
+        ("window", f"{config.text.max_sequence_length:,} tokens, {config.text.vocab_size:,} ids"),
+        ("source", manifest.source.format),
+        ("fingerprint", directory.fingerprint),
+        ("licence", license_text.splitlines()[0]),
+    ]
+
+
+def _parts(config: VisualGLMConfig) -> list[tuple[str, ...]]:
+    vision, qformer, text = config.vision, config.qformer, config.text
+    counts = {part: _part_count(config, part) for part in ("vision", "qformer", "projection", "text")}
+    size = f"{vision.image_size}×{vision.image_size}, patch {vision.patch_size}, {vision.sequence_length} tokens"
+    cross = ", ".join(map(str, qformer.cross_attention_layers))
+    sizes = [
+        (
+            name,
+            str(part.num_hidden_layers),
+            str(part.hidden_size),
+            str(part.num_attention_heads),
+            str(part.intermediate_size),
+        )
+        for name, part in (("ViT", vision), ("Q-Former", qformer), ("ChatGLM", text))
+    ]
+    return [
+        (*sizes[0], counts["vision"], size),
+        (*sizes[1], counts["qformer"], f"{qformer.num_query_tokens} queries, cross-attention in layers {cross}"),
+        ("projection", "1", f"{qformer.hidden_size}→{text.hidden_size}", "", "", counts["projection"], ""),
+        (*sizes[2], counts["text"], f"vocabulary {text.vocab_size:,}, window {text.max_sequence_length:,}"),
+    ]
+
+
+def _part_count(config: VisualGLMConfig, part: str) -> str:
+    shapes = parameter_shapes(config)
+    return f"{sum(prod(shape) for name, shape in shapes.items() if name.startswith(f'{part}.')):,}"
