@@ -98,6 +98,15 @@ def test_two_processes_do_not_write_the_same_folder(tmp_path: Path) -> None:
     assert (tmp_path / "out").is_dir()
 
 
+def test_a_link_in_place_of_the_partial_folder_is_not_followed(tmp_path: Path, entries: Entries) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "letter").touch()
+    (tmp_path / ".out.partial").symlink_to(tmp_path / "precious")
+    with pytest.raises(CheckpointError, match="out could not be written"):
+        fill(tmp_path / "out")
+    assert entries(tmp_path / "precious") == ["letter"]
+
+
 KILLED = """
     import sys, time
     from pathlib import Path

@@ -210,6 +210,7 @@ def test_a_tokenizer_pointer(directory: Path) -> None:
         ({"files": {"/etc/passwd": {"sha256": "0" * 64, "size": 1}}}, "outside its folder"),
         ({"files": {"a": {"sha256": "0", "size": 1}}}, r"is not valid: files\.a\.sha256"),
         ({"source": None}, "is not valid: source"),
+        ({"files": {}}, r"does not list config\.json, model\.safetensors"),
         ({"files": {"a": {"sha256": "0" * 64, "size": 1}}}, "lacks a"),
     ],
 )

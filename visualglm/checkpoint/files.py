@@ -154,21 +154,32 @@ def _check_space(folder: Path, needed_bytes: int) -> None:
 
 @contextmanager
 def _locked_folder(folder: Path) -> Iterator[None]:
-    """Create `folder` if need be, and hold it against other processes as long as this one lives."""
+    """Create `folder` if need be, and hold it against other processes as long as this one lives.
+
+    Where the file system has no locks, two processes at once go unnoticed.
+    """
     folder.mkdir(exist_ok=True)
     if sys.platform == "win32":
         yield
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    # Whatever a link points to is not ours to clear.
+    descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise CheckpointError(f"Another process is writing {folder}; wait for it, or give another folder.") from None
-    try:
+        _lock(descriptor, folder)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        message = f"Another process is writing {folder}; wait for it, or give another folder."
+        raise CheckpointError(message) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
 
 
 def _clear(folder: Path) -> None:

@@ -63,9 +63,9 @@ class ForeignFormat:
 
     def dropped(self, checkpoint: Checkpoint) -> list[str]:
         """Extras of another format that have no place in this one."""
-        return (
-            [] if checkpoint.source.format == self.name else [name for name in STRAY_NAMES if name in checkpoint.extras]
-        )
+        if checkpoint.source.format == self.name:
+            return []
+        return [name for name in STRAY_NAMES if name in checkpoint.extras]
 
     def _foreign_extras(self, checkpoint: Checkpoint) -> Mapping[str, Tensor]:
         if checkpoint.source.format == self.name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class ModelDirectory:
             source=self.manifest.source,
             extras=self.extras,
             tokenizer_path=self.tokenizer_path,
-            license_text=license_path.read_text("utf-8") if license_path.is_file() else None,
+            license_text=license_path.read_text("utf-8", "replace") if license_path.is_file() else None,
         )
 
 
@@ -85,6 +86,7 @@ def open_model_directory(path: Path | str) -> ModelDirectory:
     tensors = _read_weights(path)
     shapes = parameter_shapes(config)
     check_tensors(path, tensors, shapes)
+    _check_listed(manifest, path, [CONFIG, *sorted({tensor.path.name for tensor in tensors.values()})])
     return ModelDirectory(
         path=path,
         config=config,
@@ -144,7 +146,7 @@ def fill_model_directory(folder: Path, checkpoint: Checkpoint, progress: BytePro
             for name, sha256 in zip(files, hashes, strict=True)
         },
     )
-    write_file(folder / MANIFEST, [manifest.model_dump_json(indent=2).encode()])
+    write_file(folder / MANIFEST, [json.dumps(manifest.model_dump(), indent=2).encode()])
 
 
 def _file_contents(checkpoint: Checkpoint) -> dict[str, Iterable[Piece]]:
@@ -193,6 +195,13 @@ def _read_manifest(path: Path) -> Manifest:
                 "convert the checkpoint again."
             )
     return manifest
+
+
+def _check_listed(manifest: Manifest, path: Path, names: list[str]) -> None:
+    """What makes up the fingerprint must be in the manifest."""
+    unlisted = [name for name in names if name not in manifest.files]
+    if unlisted:
+        raise CheckpointError(f"{path / MANIFEST} does not list {listed(unlisted)}; convert the checkpoint again.")
 
 
 def _tokenizer(path: Path) -> Path | None:
