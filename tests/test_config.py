@@ -49,6 +49,7 @@ def test_configurations_are_frozen():
         ({"text": {"layers": 2}}, r"the key text\.layers is unknown\.$"),
         ({"text": {"hidden_size": 0}}, r"text\.hidden_size: Input should be greater than 0 \(it is 0\)\.$"),
         ({"text": {"hidden_size": "wide"}}, r"text\.hidden_size: .*valid integer.* \(it is 'wide'\)\.$"),
+        ({"dtype": "x" * 500}, r"dtype: .* \(it is 'x{79}\)\.$"),
         ({"text": 5}, r"text: .* \(it is 5\)\.$"),
         (
             {"text": {"hidden_size": 4095}},

@@ -162,4 +162,4 @@ def _first_fault(error: ValidationError) -> str:
     if fault["type"] == "extra_forbidden":
         return f"the key {where} is unknown"
     message = fault["msg"].removeprefix("Value error, ")
-    return f"{where}: {message} (it is {fault['input']!r})" if where and fault["type"] != "value_error" else message
+    return f"{where}: {message} (it is {fault['input']!r:.80})" if where and fault["type"] != "value_error" else message

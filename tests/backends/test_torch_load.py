@@ -17,7 +17,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machin
 
 def test_auto_and_cpu():
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert choose_device("cpu") == CPU
+    assert choose_device("cpu") == choose_device(CPU) == CPU
 
 
 @needs_no_gpu

@@ -60,4 +60,4 @@ class GenerationConfig(BaseModel):
                 known = ", ".join(cls.model_fields)
                 raise ConfigError(f"The generation option {name} is unknown; the options are {known}.") from error
             reason = fault["msg"].removeprefix("Value error, ")
-            raise ConfigError(f"The generation option {name} is {fault['input']!r}, but: {reason}.") from error
+            raise ConfigError(f"The generation option {name} is {fault['input']!r:.80}, but: {reason}.") from error

@@ -35,8 +35,9 @@ def load_torch_backend(directory: ModelDirectory, device: str = "auto", dtype: s
     )
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(device: str | torch.device) -> torch.device:
     """The device of that name; for "auto" the first CUDA device, or else the CPU."""
+    name = str(device)
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     if not _DEVICE.fullmatch(name):
@@ -44,13 +45,13 @@ def choose_device(name: str) -> torch.device:
     if name.startswith("npu"):
         _import_npu()
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        found = torch.device(name)
+        torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         raise DeviceError(
             f"The device {name!r} is not to be had here; this machine has {', '.join(_devices_here())}."
         ) from error
-    return device
+    return found
 
 
 def choose_dtype(name: str, config: VisualGLMConfig, device: torch.device) -> DType:
