@@ -40,21 +40,21 @@ def test_trains_a_model_that_can_be_asked_and_resumes_to_the_same_bits(tmp_path:
     seen: list[tuple[int, int]] = []
     model = visualglm.load(run(recipe, tmp_path / "whole", lambda *pair: seen.append(pair)))
     assert isinstance(model.ask(draw_scene(make_scene(1)), "图里有什么？", max_new_tokens=4), str)
-    assert seen == [(step, 12) for step in range(1, 13)]
+    assert seen == [(step, 16) for step in range(1, 17)]
     assert (tmp_path / "whole" / "both.png").is_file()
 
     class StopHereError(Exception):
         pass
 
-    def stop_in_the_second_stage(done: int, total: int) -> None:
-        if done == 7:
+    def stop_in_the_third_stage(done: int, total: int) -> None:
+        if done == 11:
             raise StopHereError
 
     with pytest.raises(StopHereError):
-        run(recipe, tmp_path / "stopped", stop_in_the_second_stage)
+        run(recipe, tmp_path / "stopped", stop_in_the_third_stage)
     run(recipe, tmp_path / "stopped")
     whole, resumed = (
-        load_checkpoint(checkpoint_folders(tmp_path / name / "3-both")[-1]).tensors["builtin"]
+        load_checkpoint(checkpoint_folders(tmp_path / name / "4-both")[-1]).tensors["builtin"]
         for name in ("whole", "stopped")
     )
     assert whole.keys() == resumed.keys()
@@ -64,7 +64,7 @@ def test_trains_a_model_that_can_be_asked_and_resumes_to_the_same_bits(tmp_path:
 def test_only_the_parts_of_a_stage_learn(tmp_path: Path) -> None:
     run(short(read_recipe(RECIPE)), tmp_path)
     see, speak = (
-        load_checkpoint(checkpoint_folders(tmp_path / folder)[-1]).tensors["builtin"] for folder in ("1-see", "2-speak")
+        load_checkpoint(checkpoint_folders(tmp_path / folder)[-1]).tensors["builtin"] for folder in ("2-see", "3-speak")
     )
     changed = {name.split(".")[1] for name in see if not torch.equal(see[name], speak[name])}
     assert changed == {"text"}

@@ -15,9 +15,21 @@ from visualglm.processing.image import preprocess
 from visualglm.processing.layout import Layout, pad_batch
 from visualglm.processing.prompt import build_prompt
 from visualglm.processing.tokenizer import Tokenizer
-from visualglm.scenes.draw import draw_scene
+from visualglm.scenes.draw import draw_jumble, draw_scene
 from visualglm.scenes.questions import ask_about, place_of
-from visualglm.scenes.scene import CANVAS, COLORS, MAX_SHAPES, SHAPES, SIZES, TEXTURES, Label, Scene, make_scene
+from visualglm.scenes.scene import (
+    CANVAS,
+    COLORS,
+    MAX_SHAPES,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Label,
+    Scene,
+    Shape,
+    make_jumble,
+    make_scene,
+)
 from visualglm.scenes.wording import KINDS, LANGUAGES, NO_PICTURE, TEXT_ONLY, Language
 
 IGNORED_LABEL = -100
@@ -44,7 +56,7 @@ class SceneBatch:
     pixels: NDArray[np.float32]
     rows: tuple[Rows, ...]
     patch_targets: Ints
-    slot_targets: Ints
+    slot_targets: Ints | None
 
 
 @dataclass(frozen=True)
@@ -56,12 +68,16 @@ class _Row:
 
 
 class BatchPlan(BaseModel):
-    """What a batch holds: scenes, and how many questions about each; with none, there is only something to see."""
+    """What a batch holds: scenes, and how many questions about each; with none, there is only something to see.
+
+    `jumbles` are shown instead of scenes to learn to see: they hold three times as much.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     scenes: PositiveInt
-    questions: NonNegativeInt
+    questions: NonNegativeInt = 0
+    jumbles: bool = False
 
 
 class SceneBatches:
@@ -79,13 +95,26 @@ class SceneBatches:
 
     def __getitem__(self, index: int) -> SceneBatch:
         rng = np.random.default_rng([self.seed, index])
+        if self.plan.jumbles:
+            return self._jumbles(rng)
         scenes = [make_scene(int(seed)) for seed in rng.integers(HELD_OUT_SEEDS, size=self.plan.scenes)]
         size = self.config.vision.image_size
         return SceneBatch(
             np.stack([preprocess(draw_scene(scene), size) for scene in scenes]),
             self._rows(scenes, rng) if self.plan.questions else (),
-            np.stack([patch_targets(scene, size // self.config.vision.patch_size) for scene in scenes]),
+            np.stack([scene_patch_targets(scene, size // self.config.vision.patch_size) for scene in scenes]),
             np.stack([slot_targets(scene) for scene in scenes]),
+        )
+
+    def _jumbles(self, rng: np.random.Generator) -> SceneBatch:
+        jumbles = [make_jumble(int(seed)) for seed in rng.integers(HELD_OUT_SEEDS, size=self.plan.scenes)]
+        size = self.config.vision.image_size
+        grid = size // self.config.vision.patch_size
+        return SceneBatch(
+            np.stack([preprocess(draw_jumble(jumble), size) for jumble in jumbles]),
+            (),
+            np.stack([patch_targets(jumble.shapes, jumble.labels, grid, ranked=False) for jumble in jumbles]),
+            None,
         )
 
     def _rows(self, scenes: Sequence[Scene], rng: np.random.Generator) -> tuple[Rows, ...]:
@@ -175,19 +204,23 @@ PATCH_CLASSES = (
 SHAPE_CLASSES = (*PATCH_CLASSES[:3], 10)
 
 
-def patch_targets(scene: Scene, grid: int) -> Ints:
-    """[grid * grid, len(PATCH_CLASSES)]: what each patch shows; 0 is nothing."""
+def scene_patch_targets(scene: Scene, grid: int) -> Ints:
+    """See `patch_targets`."""
+    return patch_targets(scene.shapes, () if scene.label is None else (scene.label,), grid, ranked=True)
+
+
+def patch_targets(shapes: Sequence[Shape], labels: Sequence[Label], grid: int, *, ranked: bool) -> Ints:
+    """[grid * grid, len(PATCH_CLASSES)]: what each patch shows; 0 is nothing, -100 a rank that shapes do not have."""
     edge = CANVAS / grid
     y, x = (np.mgrid[0:grid, 0:grid] + 0.5) * edge
     targets = np.zeros((grid, grid, len(PATCH_CLASSES)), np.int64)
-    for rank, shape in enumerate(scene.shapes, 1):
+    for rank, shape in enumerate(shapes, 1):
         covered = np.hypot(x - shape.x, y - shape.y) < max(shape.radius, 0.72 * edge)
-        targets[covered, :4] = (*_attributes(shape.kind, shape.color, shape.size), rank)
-    if scene.label is not None:
-        covered_rows = abs(y[:, 0] - scene.label.y) < max(0.3 * scene.label.height, 0.5 * edge)
-        for place, (character, center) in enumerate(
-            zip(scene.label.text, _character_centers(scene.label), strict=True), 1
-        ):
+        targets[covered, :3] = _attributes(shape.kind, shape.color, shape.size)
+        targets[covered, 3] = rank if ranked else IGNORED_LABEL
+    for label in labels:
+        covered_rows = abs(y[:, 0] - label.y) < max(0.3 * label.height, 0.5 * edge)
+        for place, (character, center) in enumerate(zip(label.text, _character_centers(label), strict=True), 1):
             column = int(np.clip(center // edge, 0, grid - 1))
             targets[covered_rows, column, 4:] = (1 + CHARACTERS.index(character), place)
     return targets.reshape(grid * grid, len(PATCH_CLASSES))

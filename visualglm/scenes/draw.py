@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from math import cos, pi, sin
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from visualglm.scenes.scene import CANVAS, Label, Scene, Shape
+from visualglm.scenes.scene import CANVAS, Jumble, Label, Scene, Shape
 
 _RGB = {
     "red": (214, 30, 34),
@@ -24,20 +25,29 @@ _RGB = {
 }
 _SUPERSAMPLE = 2
 
-Pixels = NDArray[np.float64]
+Pixels = NDArray[Any]
 Point = tuple[float, float]
 
 
 def draw_scene(scene: Scene) -> Image.Image:
     """The picture of a scene, RGB, 224 by 224 pixels."""
-    rng = np.random.default_rng([scene.seed, 1])
-    picture = _background(scene.texture, rng)
+    return _draw(scene.shapes, () if scene.label is None else (scene.label,), scene.texture, scene.seed)
+
+
+def draw_jumble(jumble: Jumble) -> Image.Image:
+    """The picture of a jumble, as that of a scene."""
+    return _draw(jumble.shapes, jumble.labels, jumble.texture, jumble.seed)
+
+
+def _draw(shapes: Iterable[Shape], labels: Iterable[Label], texture: str, seed: int) -> Image.Image:
+    rng = np.random.default_rng([seed, 1])
+    picture = _background(texture, rng)
     canvas = ImageDraw.Draw(picture)
-    for shape in scene.shapes:
+    for shape in shapes:
         _draw_shape(canvas, shape, _tint(rng, _RGB[shape.color], 12))
     picture = picture.reduce(_SUPERSAMPLE)
-    if scene.label is not None:
-        _draw_label(ImageDraw.Draw(picture), scene.label)
+    for label in labels:
+        _draw_label(ImageDraw.Draw(picture), label)
     return picture
 
 

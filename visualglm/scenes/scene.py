@@ -59,6 +59,16 @@ class Scene:
     seed: int
 
 
+@dataclass(frozen=True)
+class Jumble:
+    """Many shapes in no order, and labels: not to be asked about, but to learn to see from."""
+
+    shapes: tuple[Shape, ...]
+    labels: tuple[Label, ...]
+    texture: str
+    seed: int
+
+
 def make_scene(seed: int, *, max_shapes: int = MAX_SHAPES) -> Scene:
     """The scene of a seed: always the same one on every machine."""
     rng = np.random.default_rng(seed)
@@ -70,8 +80,30 @@ def make_scene(seed: int, *, max_shapes: int = MAX_SHAPES) -> Scene:
     while not shapes:
         shapes = _place_shapes(rng, cells, count)
     label = None if label_row is None else _make_label(rng, label_row)
-    texture = "plain" if rng.random() < 0.3 else TEXTURES[int(rng.integers(1, len(TEXTURES)))]
-    return Scene(shapes, label, texture, seed)
+    return Scene(shapes, label, _pick_texture(rng), seed)
+
+
+def make_jumble(seed: int) -> Jumble:
+    """The jumble of a seed: each third of the canvas holds a label or up to three shapes."""
+    rng = np.random.default_rng([seed, 3])
+    labels, shapes = [], []
+    for row in range(3):
+        if rng.random() < 0.45:
+            labels.append(_make_label(rng, row))
+        else:
+            shapes += [_make_shape(rng, column, row) for column in range(3) if rng.random() < 0.85]
+    # Shapes drawn later may hide earlier ones: the earlier ones go.
+    apart = [shape for index, shape in enumerate(shapes) if all(_gap(shape, other) > 0 for other in shapes[:index])]
+    return Jumble(tuple(apart), tuple(labels), _pick_texture(rng), seed)
+
+
+def _pick_texture(rng: np.random.Generator) -> str:
+    return "plain" if rng.random() < 0.3 else TEXTURES[int(rng.integers(1, len(TEXTURES)))]
+
+
+def _gap(first: Shape, second: Shape) -> float:
+    """Pixels between the circles around two shapes."""
+    return float(np.hypot(first.x - second.x, first.y - second.y)) - first.radius - second.radius
 
 
 def _place_shapes(rng: np.random.Generator, cells: list[tuple[int, int]], count: int) -> tuple[Shape, ...]:
@@ -80,8 +112,7 @@ def _place_shapes(rng: np.random.Generator, cells: list[tuple[int, int]], count:
     shapes = sorted((_make_shape(rng, *cells[index]) for index in chosen), key=lambda shape: shape.x)
     for index, left in enumerate(shapes):
         for right in shapes[index + 1 :]:
-            apart = np.hypot(right.x - left.x, right.y - left.y) - left.radius - right.radius
-            if apart < _MIN_GAP or right.x - left.x < _MIN_ORDER_GAP:
+            if _gap(left, right) < _MIN_GAP or right.x - left.x < _MIN_ORDER_GAP:
                 return ()
     return tuple(shapes)
 

@@ -32,7 +32,7 @@ class SceneTeacher(nn.Module):
 
     def patch_loss(self, vision: Tensor, targets: Tensor) -> Tensor:
         """vision: [scenes, 1 + patches, width]; targets: int64 [scenes, patches, len(PATCH_CLASSES)]."""
-        logits = self.patches(vision[:, 1:]).split(list(PATCH_CLASSES), dim=-1)
+        logits = self.patches(vision[:, 1:]).split_with_sizes(list(PATCH_CLASSES), dim=-1)
         return _mean_loss(logits, targets.unbind(-1))
 
     def slot_loss(self, image_embeds: Tensor, targets: Tensor) -> Tensor:
@@ -40,9 +40,9 @@ class SceneTeacher(nn.Module):
         # Image embeddings are normalised by the decoder's first norm; the probes read them as it does.
         embeds = functional.layer_norm(image_embeds, image_embeds.shape[-1:])
         stop = MAX_SHAPES + MAX_CHARACTERS
-        of_shapes, of_characters, of_texture = targets.split([4 * MAX_SHAPES, MAX_CHARACTERS, 1], dim=-1)
-        shapes = self.shapes(embeds[:, :MAX_SHAPES]).split(list(SHAPE_CLASSES), dim=-1)
-        shape_loss = _mean_loss(shapes, of_shapes.unflatten(-1, (MAX_SHAPES, 4)).unbind(-1))
+        of_shapes, of_characters, of_texture = targets.split_with_sizes([4 * MAX_SHAPES, MAX_CHARACTERS, 1], dim=-1)
+        shapes = self.shapes(embeds[:, :MAX_SHAPES]).split_with_sizes(list(SHAPE_CLASSES), dim=-1)
+        shape_loss = _mean_loss(shapes, of_shapes.view(-1, MAX_SHAPES, 4).unbind(-1))
         character_loss = _mean_loss([self.characters(embeds[:, MAX_SHAPES:stop])], [of_characters])
         texture_loss = functional.cross_entropy(self.texture(embeds[:, stop]), of_texture[:, 0])
         return shape_loss + 0.5 * character_loss + 0.2 * texture_loss

@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, distributed, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from visualglm.backends.torch.joined import VisualGLMModel
 from visualglm.config import VisualGLMConfig
@@ -95,13 +95,17 @@ class Builtin(nn.Module):
 
     def compute_losses(self, batch: SceneBatch) -> dict[str, Tensor]:
         """What the teacher says of the eye, while it learns, and of the answers where the batch has some."""
-        eye_learns = self.model.projection.weight.requires_grad
+        eye_learns = self.model.vision.class_token.requires_grad
         with torch.set_grad_enabled(eye_learns):
             vision = self.model.vision(self._tensor(batch.pixels))
-            embeds = self.model.projection(self.model.qformer(vision))
         losses = {}
         if eye_learns:
             losses["patch"] = self.teacher.patch_loss(vision, self._tensor(batch.patch_targets))
+        if batch.slot_targets is None:
+            return losses
+        with torch.set_grad_enabled(eye_learns):
+            embeds = self.model.projection(self.model.qformer(vision))
+        if eye_learns:
             losses["slot"] = self.teacher.slot_loss(embeds, self._tensor(batch.slot_targets))
         if batch.rows:
             answered = [self._answers(rows, embeds) for rows in batch.rows]
@@ -173,7 +177,11 @@ def _stage_trainer(
         world_size = process.world_size
         mine = range(first_step * world_size + process.rank, stage.loop.total_steps * world_size, world_size)
         return DataLoader(
-            data, batch_size=None, sampler=mine, num_workers=workers, prefetch_factor=4 if workers else None
+            cast("Dataset[SceneBatch]", data),
+            batch_size=None,
+            sampler=mine,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
         )
 
     fingerprint = {

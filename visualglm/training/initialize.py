@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from visualglm.backends.torch.joined import VisualGLMModel
-from visualglm.backends.torch.modules import SelfAttention
 from visualglm.backends.torch.vit import ViT
 from visualglm.config import TextConfig, VisionConfig
 
@@ -58,8 +57,9 @@ def _near_sighted(vision: ViT, config: VisionConfig) -> None:
     vision.position_embeddings.zero_()
     vision.position_embeddings[:, : positions.shape[1]] = positions
     for layer, looks in zip(vision.layers, _FIRST_LOOKS, strict=False):
+        qkv = layer.get_submodule("attention").get_parameter("qkv.weight")
         for head, look in enumerate(looks[: config.num_attention_heads - 1]):
-            _look_at(layer.attention, head, look)
+            _look_at(qkv, config, head, look)
 
 
 def _whiten_patches(vision: ViT, config: VisionConfig, sample: Tensor) -> None:
@@ -75,7 +75,7 @@ def _whiten_patches(vision: ViT, config: VisionConfig, sample: Tensor) -> None:
     scaled = (vectors / (values + _WHITENING_FLOOR).sqrt())[:, -kept:].T.float()
     vision.patch_embed.weight.zero_()
     vision.patch_embed.weight[first : first + kept] = scaled.view(kept, 3, size, size)
-    vision.patch_embed.bias[first : first + kept] = -scaled @ mean
+    vision.patch_embed.get_parameter("bias")[first : first + kept] = -scaled @ mean
 
 
 def sine_positions(config: VisionConfig) -> Tensor:
@@ -96,15 +96,18 @@ def _waves(places: Tensor, head_dim: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def _look_at(attention: SelfAttention, head: int, look: tuple[int, int]) -> None:
-    """One head's queries, turned by `look`, meet the keys of the patch there: <turn(p), q> peaks at q = p + look."""
-    width = attention.proj.in_features
-    head_dim = width // attention.num_heads
+def _look_at(qkv: Tensor, config: VisionConfig, head: int, look: tuple[int, int]) -> None:
+    """One head's queries, turned by `look`, meet the keys of the patch there: <turn(p), q> peaks at q = p + look.
+
+    qkv: packed weights [3 * width, width].
+    """
+    width = config.hidden_size
+    head_dim = width // config.num_attention_heads
     count = head_dim // 4
     gain = sqrt(_LOOK_LOGIT * sqrt(head_dim) / count)
     turn = torch.zeros(head_dim, head_dim)
     for axis, offset in enumerate(look):
-        sines, cosines = _waves(torch.tensor([float(offset)]), head_dim)[0].split(count)
+        sines, cosines = _waves(torch.tensor([float(offset)]), head_dim)[0].split_with_sizes([count, count])
         for index in range(count):
             s, c = 2 * count * axis + index, 2 * count * axis + count + index
             # sin(a + o) = sin a cos o + cos a sin o, cos(a + o) = cos a cos o - sin a sin o
@@ -113,5 +116,5 @@ def _look_at(attention: SelfAttention, head: int, look: tuple[int, int]) -> None
     queries = slice(head * head_dim, (head + 1) * head_dim)
     keys = slice(width + queries.start, width + queries.stop)
     for rows, matrix in ((queries, turn), (keys, torch.eye(head_dim))):
-        attention.qkv.weight[rows] = 0
-        attention.qkv.weight[rows, :head_dim] = gain * matrix
+        qkv[rows] = 0
+        qkv[rows, :head_dim] = gain * matrix

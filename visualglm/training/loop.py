@@ -163,7 +163,7 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     distributed.all_reduce(flat)
     flat /= distributed.get_world_size()
-    for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+    for parameter, mean in zip(parameters, flat.split_with_sizes([p.numel() for p in parameters]), strict=True):
         parameter.grad = mean.view_as(parameter)
 
 

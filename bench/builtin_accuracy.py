@@ -1,0 +1,93 @@
+"""Exact answers of the built-in model on scenes it has never seen, by kind of question and language.
+
+python bench/builtin_accuracy.py --scenes 4000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+import visualglm
+from visualglm.model import VisualGLM
+from visualglm.scenes.dataset import HELD_OUT_SEEDS
+from visualglm.scenes.draw import draw_scene
+from visualglm.scenes.questions import Question, ask_about
+from visualglm.scenes.scene import make_scene
+from visualglm.scenes.wording import KINDS, LANGUAGES
+
+Cell = tuple[str, str]
+SCENES_AT_ONCE = 16
+
+
+def questions_about(index: int) -> Iterator[Question]:
+    """One question of each kind in each language, where the scene allows it."""
+    scene = make_scene(HELD_OUT_SEEDS + index)
+    rng = np.random.default_rng([HELD_OUT_SEEDS, index])
+    for kind in KINDS:
+        for language in LANGUAGES:
+            question = ask_about(scene, kind, language, rng)
+            if question is not None:
+                yield question
+
+
+def score(model: VisualGLM, indices: range, asked: Counter[Cell], right: Counter[Cell], wrong: list[str]) -> None:
+    images = model.encode_images([draw_scene(make_scene(HELD_OUT_SEEDS + index)) for index in indices])
+    questions = [
+        (image, question) for image, index in zip(images, indices, strict=True) for question in questions_about(index)
+    ]
+    answers = model.ask_batch(
+        [(image, question.question) for image, question in questions], batch_size=128, max_new_tokens=64
+    )
+    for (_, question), answer in zip(questions, answers, strict=True):
+        cell = question.kind, question.language
+        asked[cell] += 1
+        right[cell] += answer == question.answer
+        if answer != question.answer:
+            wrong.append(f"{question.question} → {answer!r}, not {question.answer!r}")
+
+
+def table(asked: Counter[Cell], right: Counter[Cell]) -> Iterator[str]:
+    """Markdown: a row a kind, a column a language, and the totals."""
+    yield "| kind | " + " | ".join(LANGUAGES) + " | both | questions |"
+    yield "|---|" + "---|" * (len(LANGUAGES) + 2)
+    for kind in (*KINDS, "all"):
+        kinds = KINDS if kind == "all" else (kind,)
+        by_language = [[(each, language) for each in kinds] for language in LANGUAGES]
+        groups = [*by_language, [cell for cells in by_language for cell in cells]]
+        totals = [(sum(right[cell] for cell in cells), sum(asked[cell] for cell in cells)) for cells in groups]
+        shares = " | ".join(f"{100 * hits / max(1, count):.1f} %" for hits, count in totals)
+        yield f"| {kind} | {shares} | {totals[-1][1]} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a model directory; else the built-in model")
+    parser.add_argument("--scenes", type=int, default=4000)
+    parser.add_argument("--wrong", type=int, default=0, metavar="N", help="show the first N wrong answers")
+    parser.add_argument("--json", type=Path, help="write the counts here")
+    options = parser.parse_args()
+    model = visualglm.load(options.model, dtype="float32")
+    asked: Counter[Cell] = Counter()
+    right: Counter[Cell] = Counter()
+    wrong: list[str] = []
+    console = Console(stderr=True)
+    for start in track(range(0, options.scenes, SCENES_AT_ONCE), "asking", console=console):
+        score(model, range(start, min(start + SCENES_AT_ONCE, options.scenes)), asked, right, wrong)
+    print(f"{options.scenes} unseen scenes, {model.backend.description}\n")
+    print("\n".join(table(asked, right)))
+    print("\n".join(wrong[: options.wrong]))
+    if options.json:
+        counts = {f"{kind} {language}": [right[kind, language], asked[kind, language]] for kind, language in asked}
+        options.json.write_text(json.dumps(counts, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
