@@ -9,6 +9,11 @@ DEV := $(VENV)/.dev
 # Two makes at once must not install into one environment; where there is no flock (macOS), run one at a time.
 LOCK := $(shell command -v flock >/dev/null 2>&1 && echo flock $(VENV)/.lock)
 
+# What is installed is compiled when it is first imported (most of torch never is), and that must be kept.
+unexport PYTHONDONTWRITEBYTECODE
+# The models that demo and tests run are too small to gain from threads, and lose much where other work is going on.
+demo test: export OMP_NUM_THREADS ?= 1
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint bench builtin clean
@@ -39,8 +44,7 @@ clean: ## remove what make, the tests and the tools made; runs/ stays
 
 # --- environments -----------------------------------------------------------------------------------------------------
 
-# $(call install,EXTRA) does nothing if another make has done it while this one waited. What is installed is compiled when
-# it is first imported: most of torch never is.
+# $(call install,EXTRA) does nothing if another make has done it while this one waited.
 define install
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo 'visualglm needs Python 3.11 or newer, and $(PYTHON) is not; run `make PYTHON=/path/to/python3.11 …`.' >&2; \
