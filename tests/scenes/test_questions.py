@@ -45,6 +45,7 @@ def pattern(language: Language, name: str) -> list[re.Pattern[str]]:
     blanks = {
         "a": f"(?P<a>{told}{noun})",
         "b": f"(?P<b>{told}{noun})",
+        "some": f"(?:a (?![aeiou])|an (?=[aeiou])|(?![a-z]))(?P<a>{told}{noun})",
         "many": f"(?P<a>{told}{noun})(?:s|es)?",
         "place": f"(?P<place>{'|'.join(sorted(words.places.values(), key=len, reverse=True))})",
     }

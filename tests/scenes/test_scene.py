@@ -9,9 +9,21 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from visualglm.scenes.draw import _RGB, draw_scene
+from visualglm.scenes.draw import _RGB, draw_jumble, draw_scene
 from visualglm.scenes.questions import place_of
-from visualglm.scenes.scene import CANVAS, CELL, COLORS, MAX_SHAPES, RADIUS, SHAPES, SIZES, TEXTURES, Scene, make_scene
+from visualglm.scenes.scene import (
+    CANVAS,
+    CELL,
+    COLORS,
+    MAX_SHAPES,
+    RADIUS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scene,
+    make_jumble,
+    make_scene,
+)
 
 SEEDS = range(1000)
 DRAWN = range(30)
@@ -137,3 +149,14 @@ def test_a_colour_is_nearest_to_its_own_name():
             inside = drawn(replace(scene, shapes=(shape,), label=None), background)
             color = np.median(picture[inside], axis=0)
             assert names[int(np.abs(named - color).sum(axis=1).argmin())] == shape.color
+
+
+def test_a_jumble_holds_more_than_a_scene_and_nothing_hides_a_shape():
+    jumbles = [make_jumble(seed) for seed in SEEDS]
+    assert jumbles == [make_jumble(seed) for seed in SEEDS]
+    assert np.mean([len(jumble.shapes) for jumble in jumbles]) > 3.5
+    assert np.mean([len(jumble.labels) for jumble in jumbles]) > 1.2
+    for jumble in jumbles:
+        for one, other in combinations(jumble.shapes, 2):
+            assert np.hypot(one.x - other.x, one.y - other.y) > one.radius + other.radius
+    assert draw_jumble(jumbles[0]).size == (CANVAS, CANVAS)

@@ -57,7 +57,7 @@ def _mask(shape: Shape, subset: tuple[int, int, int]) -> Attributes:
 
 
 def _unique_reference(scene: Scene, shape: Shape, rng: np.random.Generator, without: int | None = None) -> Attributes:
-    """Some attributes that only `shape` has (or, failing that, all of them); `without` bars one of the three."""
+    """Some attributes that only `shape` has (three times None if there are none); `without` bars one of the three."""
     allowed = [subset for subset in _SUBSETS if any(subset) and (without is None or not subset[without])]
     unique = [subset for subset in allowed if _count(scene, _mask(shape, subset)) == 1]
     if not unique:
@@ -139,7 +139,7 @@ def _exists(scene: Scene, words: Wording, rng: np.random.Generator) -> Pair:
     shape = scene.shapes[int(rng.integers(len(scene.shapes)))]
     attributes = _mask(shape, subset) if rng.random() < 0.5 else _absent(scene, subset, rng)
     answer = words.present if _count(scene, attributes) else words.absent
-    return _template(words, "exists", rng, a=words.reference(*attributes)), answer
+    return _template(words, "exists", rng, some=words.indefinite(words.reference(*attributes))), answer
 
 
 def _text(scene: Scene, words: Wording, rng: np.random.Generator) -> Pair:

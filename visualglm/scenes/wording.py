@@ -21,6 +21,8 @@ class Wording:
     names: dict[str, str]
     places: dict[tuple[int, int], str]
     separator: str
+    article: str
+    article_before_vowel: str
     plural_ending: str
     sibilant_plural: str
     any_shape: str
@@ -46,6 +48,10 @@ class Wording:
     def plural(self, reference: str) -> str:
         return reference + (self.sibilant_plural if reference.endswith("s") else self.plural_ending)
 
+    def indefinite(self, reference: str) -> str:
+        """A reference to any such thing: "a red circle", "an orange circle"."""
+        return (self.article_before_vowel if reference[0] in "aeiou" else self.article) + reference
+
     def enumerate(self, items: Sequence[str]) -> str:
         text = self.item_separator.join(items[:-1])
         text = f"{text}{self.last_separator}{items[-1]}" if text else items[0]
@@ -70,6 +76,8 @@ EN = Wording(
         (2, 2): "bottom right",
     },
     separator=" ",
+    article="a ",
+    article_before_vowel="an ",
     plural_ending="s",
     sibilant_plural="es",
     any_shape="shape",
@@ -107,7 +115,7 @@ EN = Wording(
             "Which shape is in the {place}?",
         ),
         "where": ("Where is the {a}?", "Where is the {a} in the picture?", "In which part is the {a}?"),
-        "exists": ("Is there a {a}?", "Is there a {a} in the picture?", "Do you see a {a}?"),
+        "exists": ("Is there {some}?", "Is there {some} in the picture?", "Do you see {some}?"),
         "text": (
             "What is written?",
             "What is written in the picture?",
@@ -149,6 +157,8 @@ ZH = Wording(
         (2, 2): "右下方",
     },
     separator="",
+    article="",
+    article_before_vowel="",
     plural_ending="",
     sibilant_plural="",
     any_shape="图形",
@@ -167,7 +177,7 @@ ZH = Wording(
         "shape": ("{a}的图形是什么形状？", "{a}的是什么图形？", "{a}的图形是什么？"),
         "shape_place": ("{place}是什么图形？", "{place}的图形是什么形状？"),
         "where": ("{a}在哪里？", "{a}在图的什么位置？", "图里的{a}在哪里？"),
-        "exists": ("有{a}吗？", "图里有{a}吗？", "图里有没有{a}？"),
+        "exists": ("有{some}吗？", "图里有{some}吗？", "图里有没有{some}？"),
         "text": ("写了什么？", "图里写了什么？", "图里的文字是什么？", "上面写着什么？"),
         "same_color": ("{a}和{b}颜色相同吗？", "{a}和{b}的颜色一样吗？"),
         "bigger": ("{a}和{b}哪个更大？", "哪个更大，{a}还是{b}？"),
