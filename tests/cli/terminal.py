@@ -13,6 +13,12 @@ from typing import Self
 from tests.cli.program import spawn
 
 CTRL_C, CTRL_D = "\x03", "\x04"
+_PATIENCE = 60.0
+
+
+def on_terminal(answer: str) -> str:
+    """An answer as a terminal is shown it, so that it cannot give orders to it."""
+    return "".join("\ufffd" if character < " " or character == "\x7f" else character for character in answer)
 
 
 class Terminal:
@@ -32,7 +38,7 @@ class Terminal:
         )
         for descriptor in {slave, out}:
             os.close(descriptor)
-        self._shown = ""
+        self._shown = self.before = ""
 
     def __enter__(self) -> Self:
         return self
@@ -48,20 +54,26 @@ class Terminal:
         """Press keys."""
         os.write(self._master, text.encode())
 
-    def expect(self, text: str, timeout: float = 60) -> str:
-        """Wait until `text` is shown; returns what was shown before it since the last time."""
+    def shows(self, text: str, timeout: float) -> bool:
+        """Whether `text` is shown in that many seconds; if so, what was shown up to it is done with."""
         deadline = time.monotonic() + timeout
         while text not in self._shown:
-            assert self._read(deadline), f"{text!r} was not shown, but {self._shown!r}"
-        before, _, self._shown = self._shown.partition(text)
-        return before
+            if not self._read(deadline):
+                return False
+        self.before, _, self._shown = self._shown.partition(text)
+        return True
+
+    def expect(self, text: str) -> str:
+        """Wait until `text` is shown; returns what was shown before it since the last time."""
+        assert self.shows(text, _PATIENCE), f"{text!r} was not shown, but {self._shown!r}"
+        return self.before
 
     def end(self) -> tuple[int, str]:
         """Wait for the program to end; returns its exit code and what else it showed."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + _PATIENCE
         while self._read(deadline):
             pass
-        return self.process.wait(timeout=60), self._shown
+        return self.process.wait(timeout=_PATIENCE), self._shown
 
     def _read(self, deadline: float) -> bool:
         ready, _, _ = select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))

@@ -12,9 +12,11 @@ import pytest
 
 import visualglm
 from tests.cli.program import Invoke, change_config, replace_file
+from tests.cli.terminal import Terminal, on_terminal
 from visualglm.checkpoint.model_dir import open_model_directory
 from visualglm.checkpoint.safetensors_file import safetensors_pieces
 from visualglm.checkpoint.tensors import LazyTensor
+from visualglm.cli import loading
 from visualglm.loading import BUILTIN_NOTICE
 from visualglm.model import VisualGLM
 
@@ -95,6 +97,23 @@ def test_says_what_is_loaded(invoke: Invoke, tiny_model_dir: Path):
     assert loaded.startswith(f"loaded {tiny_model_dir}: torch on cpu, bfloat16; 91,248 parameters, ")
     assert speed.startswith("6 tokens in ") and speed.endswith(" tokens/s")
     assert invoke("ask", "-q", "-m", tiny_model_dir, *SHORT, "What?").err == ""
+
+
+def test_says_what_a_large_model_takes(invoke: Invoke, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loading, "_LARGE_BYTES", 100_000)
+    outcome = invoke("ask", "-m", tiny_model_dir, *SHORT, "What?")
+    assert outcome.err.startswith(
+        f"loading {tiny_model_dir}: takes 600 MiB (weights 0 MiB, cache 0 MiB, work 600 MiB); "
+    )
+
+
+def test_streams_to_a_terminal(tiny_model_dir: Path, picture: Path, model: VisualGLM):
+    with Terminal("ask", "-m", tiny_model_dir, "-i", picture, *SHORT, "描述这张图片。") as terminal:
+        terminal.expect(" s\n")
+        code, shown = terminal.end()
+    answer, speed, rest = shown.split("\n")
+    assert (code, answer, rest) == (0, on_terminal(model.ask(picture, "描述这张图片。", max_new_tokens=6)), "")
+    assert speed.startswith("about ") and speed.endswith(" tokens/s")
 
 
 def test_says_what_the_built_in_model_is(invoke: Invoke, builtin_model_dir: Path):

@@ -1,6 +1,7 @@
 """`visualglm caption`: one row of output for each of input, in order, whatever interrupts it."""
 
 import json
+import os
 import resource
 import signal
 import time
@@ -69,6 +70,16 @@ def test_folder(invoke: Invoke, tiny_model_dir: Path, model: VisualGLM, tmp_path
     rows = read(tmp_path / "all.jsonl")
     assert [row["image"] for row in rows] == ["A.PNG", "b.png", "c.jpeg", "deeper/d.png"]
     assert {row["prompt"] for row in rows} == {"What?"}
+
+
+def test_a_file_name_that_is_no_text(invoke: Invoke, tiny_model_dir: Path, tmp_path: Path):
+    name = os.fsdecode(b"\xff.png")
+    (tmp_path / "in").mkdir()
+    draw(tmp_path / "in" / name, 1)
+    caption = ("caption", tmp_path / "in", "-o", tmp_path / "out.jsonl", "-m", tiny_model_dir, *SHORT)
+    assert invoke(*caption).code == invoke(*caption).code == 0
+    [row] = read(tmp_path / "out.jsonl")
+    assert row["image"] == name and "answer" in row
 
 
 def test_json_lines(invoke: Invoke, tiny_model_dir: Path, model: VisualGLM, tmp_path: Path):

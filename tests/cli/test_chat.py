@@ -7,7 +7,7 @@ import pytest
 
 import visualglm
 from tests.cli.program import Invoke, change_config, draw
-from tests.cli.terminal import CTRL_C, CTRL_D, Terminal
+from tests.cli.terminal import CTRL_C, CTRL_D, Terminal, on_terminal
 from visualglm.cli.chat import HELP, command_in
 from visualglm.model import VisualGLM
 
@@ -95,7 +95,7 @@ def test_terminal(tiny_model_dir: Path, model: VisualGLM, picture: Path):
         answers = conversation(model, picture, "描述这张图片。", "What?")
         for question, answer in zip(("描述这张图片。", "What?"), answers, strict=True):
             terminal.type(f"{question}\n")
-            assert terminal.expect("\n> ") == f"{question}\n{printable(answer)}"
+            assert terminal.expect("\n> ") == f"{question}\n{on_terminal(answer)}"
         terminal.type(":image missing.png\n")
         assert "missing.png does not exist" in terminal.expect("\n> ")
         terminal.type(":help\n")
@@ -115,16 +115,20 @@ def test_ctrl_c_stops_the_answer_and_then_leaves(tiny_model_dir: Path, tmp_path:
         terminal.expect(" ")
         terminal.type(CTRL_C)
         terminal.expect("\n(stopped)\n> ")
-        terminal.type(":help\n")
-        terminal.expect("\n> ")
-        terminal.type(CTRL_C)
-        terminal.expect("\n(once more to leave)\n> ")
+        press_ctrl_c_at_the_prompt(terminal)
         terminal.type(":clear\n")
         terminal.expect("\n> ")
-        terminal.type(CTRL_C)
-        terminal.expect("\n(once more to leave)\n> ", 20)
+        press_ctrl_c_at_the_prompt(terminal)
         terminal.type(CTRL_C)
         assert terminal.end()[0] == 0
+
+
+def press_ctrl_c_at_the_prompt(terminal: Terminal) -> None:
+    """Between showing the prompt and waiting for a key, readline does not notice a signal before the next one."""
+    terminal.type(CTRL_C)
+    if not terminal.shows("\n(once more to leave)\n> ", 5):
+        terminal.type(CTRL_C)
+        terminal.expect("\n(once more to leave)\n> ")
 
 
 def test_terminal_with_answers_into_a_file(tiny_model_dir: Path, model: VisualGLM, tmp_path: Path):
@@ -135,8 +139,3 @@ def test_terminal_with_answers_into_a_file(tiny_model_dir: Path, model: VisualGL
         terminal.type("What?\nquit\n")
         assert terminal.end()[0] == 0
     assert out.read_text("utf-8").split("\n")[:-1] == conversation(model, None, "What?")
-
-
-def printable(answer: str) -> str:
-    """An answer as a terminal is shown it, so that it cannot give orders to it."""
-    return "".join("\ufffd" if character < " " or character == "\x7f" else character for character in answer)

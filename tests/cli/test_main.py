@@ -30,8 +30,9 @@ def test_version(invoke: Invoke):
     assert (outcome.code, outcome.out) == (0, f"visualglm {__version__}\n")
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "bench"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str, invoke: Invoke):
+    pytest.importorskip(f"visualglm.cli.{name.replace('-', '_')}")
     outcome = invoke(name, "--help")
     assert outcome.code == 0
     assert f"Usage: visualglm {name}" in outcome.out
@@ -100,9 +101,9 @@ def test_ctrl_c(tiny_model_dir: Path):
     assert (outcome.code, outcome.out, outcome.err) == (130, "", "visualglm: interrupted\n")
 
 
-def test_a_terminal_without_chinese(tiny_model_dir: Path):
+def test_a_terminal_without_chinese(invoke: Invoke, tiny_model_dir: Path):
     command = ["ask", "--model", tiny_model_dir, "--max-new-tokens", "20", "What is it?"]
-    full = finish(spawn(*command, env={"PYTHONIOENCODING": "utf-8"}))
+    full = invoke(*command)
     ascii_only = finish(spawn(*command, env={"PYTHONIOENCODING": "ascii"}))
     assert not full.out.isascii()
     assert ascii_only.code == 0

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from visualglm.errors import VisualGLMError
@@ -24,6 +25,9 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int | str | None:
     """Run the command that `arguments` name; returns the exit code."""
+    if not (sys.warnoptions or os.environ.get(DEBUG_VARIABLE)):
+        # Those of libraries: nothing a user could act on.
+        warnings.simplefilter("ignore")
     if isinstance(sys.stdout, io.TextIOWrapper):
         # An old terminal may not have the characters of an answer: better spelled out than a crash.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -113,6 +113,9 @@ class RowLog:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(f"Another process is writing {self.path}; wait for it, or give another --output.") from None
+        except OSError:
+            # A file system without locks, as networks have them.
+            return
 
     def _check_origin(self) -> None:
         found = _parse(self._sidecar.read_bytes()) if self._sidecar.is_file() else None
