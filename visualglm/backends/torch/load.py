@@ -30,6 +30,9 @@ def load_torch_backend(directory: ModelDirectory, device: str = "auto", dtype: s
     target = choose_device(device)
     precision = choose_dtype(dtype, directory.config, target)
     require_memory(estimate_memory(directory.config, precision), _memory_of(target), str(target))
+    if precision == "float32" and target.type == "cuda":
+        # By default convolutions, unlike matrix products, are rounded to 10 bits there: not what float32 is asked for.
+        torch.backends.cudnn.allow_tf32 = False
     return TorchBackend.from_tensors(
         directory.config, _mapped_tensors(directory), device=target, dtype=getattr(torch, precision)
     )
