@@ -42,7 +42,7 @@ def test_what_does_not_fit_is_refused():
 
 def test_sizes_as_people_read_them():
     assert [gib(size) for size in (0, 5 * MIB, GIB - MIB, GIB, 3 * GIB // 2)] == [
-        "0 MiB", "5 MiB", "1023 MiB", "1.0 GiB", "1.5 GiB",
+        "0 KiB", "5 MiB", "1023 MiB", "1.0 GiB", "1.5 GiB",
     ]  # fmt: skip
 
 

@@ -168,7 +168,8 @@ def test_history_changes_the_answer_and_its_oldest_turns_are_dropped(model: Visu
     more = model.prompt(QUESTION, history=long[prompt.dropped_turns - 1 :], has_image=True, config=config)
     assert more.dropped_turns == 1, "as many are kept as there is room for"
     embeds = model.encode_image(images[0])
-    answers = [model.ask(embeds, QUESTION, history=history, **SHORT) for history in (long, kept, kept[1:], ())]
+    with pytest.warns(UserWarning, match=r"the oldest \d+ turns are left out"):
+        answers = [model.ask(embeds, QUESTION, history=history, **SHORT) for history in (long, kept, kept[1:], ())]
     assert answers[0] == answers[1] and len(set(answers)) == 3
 
 
@@ -342,3 +343,11 @@ def test_answers_of_ids_end_before_eos(model: VisualGLM, ids: list[list[int]], p
             eos = answer[place]
             ended = model.generate_ids(ids, pixels, 1, max_new_tokens=6, eos_token_id=eos)[row]
             assert ended == answer[: answer.index(eos)]
+
+
+def test_a_stream_counts_its_tokens_as_it_goes(model: VisualGLM):
+    answer = model.stream(None, QUESTION, **SHORT)
+    assert answer.new_tokens == 0
+    text = "".join(answer)
+    [reply] = model.reply_batch([(None, QUESTION)], **SHORT)
+    assert (text, answer.prompt_tokens, answer.new_tokens) == (reply.text, reply.prompt_tokens, reply.new_tokens)

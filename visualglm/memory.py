@@ -68,4 +68,6 @@ def require_memory(estimate: MemoryEstimate, available: int, where: str) -> None
 
 def gib(size: int) -> str:
     """A number of bytes in the unit people read."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+    if size >= 2**30:
+        return f"{size / 2**30:.1f} GiB"
+    return f"{size / 2**20:.0f} MiB" if size >= 2**20 else f"{size / 2**10:.0f} KiB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from visualglm.config import VisualGLMConfig
 from visualglm.errors import ImageError, PromptError, TokenizerError
 from visualglm.generation.config import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
 from visualglm.generation.decoding import Decoding, generate_ids
-from visualglm.generation.text import AnswerStream
+from visualglm.generation.text import AnswerStream, answer_pieces
 from visualglm.processing.image import ImageLimits, load_image, preprocess
 from visualglm.processing.layout import Layout, layout_from_ids, pad_batch
 from visualglm.processing.prompt import Language, Prompt, Turn, build_prompt
@@ -33,6 +34,23 @@ class Reply:
     prompt_tokens: int
     new_tokens: int
     dropped_turns: int
+
+
+class Answer(Iterator[str]):
+    """An answer in the making: iterate over its pieces. The counts are those of what has been made so far."""
+
+    def __init__(self, prompt: Prompt, stream: AnswerStream, pieces: Iterator[tuple[int, str]]) -> None:
+        self.prompt_tokens = len(prompt.input_ids)
+        self.dropped_turns = prompt.dropped_turns
+        self._stream = stream
+        self._pieces = pieces
+
+    @property
+    def new_tokens(self) -> int:
+        return self._stream.new_tokens
+
+    def __next__(self) -> str:
+        return next(piece for _, piece in self._pieces if piece)
 
 
 class VisualGLM:
@@ -81,9 +99,15 @@ class VisualGLM:
         image: a path, encoded bytes, a `data:` URL, a PIL image, a uint8 array, an `encode_image` result, or None.
         history: earlier (question, answer) pairs about the same image, the oldest first.
         generation: options of `GenerationConfig`; greedy by default.
+        History that does not fit the model's window is left out, the oldest turns first, with a `UserWarning`.
         Raises a `VisualGLMError` with one clear sentence for whatever cannot be answered.
         """
-        return "".join(self.stream(image, question, history=history, language=language, **generation))
+        answer = self.stream(image, question, history=history, language=language, **generation)
+        if answer.dropped_turns:
+            warnings.warn(
+                f"The history is too long: the oldest {answer.dropped_turns} turns are left out.", stacklevel=2
+            )
+        return "".join(answer)
 
     def stream(
         self,
@@ -93,12 +117,13 @@ class VisualGLM:
         history: Sequence[Turn] = (),
         language: Language = "auto",
         **generation: Any,
-    ) -> Iterator[str]:
+    ) -> Answer:
         """The answer as `ask` gives it, in pieces as they are made; never half a character."""
         config = GenerationConfig.from_options(**generation)
         prompt = self.prompt(question, history=history, has_image=image is not None, language=language, config=config)
         embeds = [] if image is None else [self.encode_image(image)]
-        return self._stream(prompt, embeds, config)
+        streams, pieces = self._start([prompt], embeds, config)
+        return Answer(prompt, streams[0], pieces)
 
     def ask_batch(
         self,
@@ -206,34 +231,22 @@ class VisualGLM:
             max_new_tokens=config.max_new_tokens,
         )
 
-    def _stream(self, prompt: Prompt, embeds: Sequence[ImageEmbeds], config: GenerationConfig) -> Iterator[str]:
-        answer = AnswerStream(self.tokenizer, config.stop)
-        decoding = Decoding(self.backend, self._layout([prompt]), embeds, config)
-        for pairs in decoding:
-            for row, token in pairs:
-                if piece := answer.push(token):
-                    yield piece
-                if answer.stopped:
-                    decoding.stop(row)
-        if rest := answer.flush():
-            yield rest
+    def _start(
+        self, prompts: Sequence[Prompt], embeds: Sequence[ImageEmbeds], config: GenerationConfig
+    ) -> tuple[list[AnswerStream], Iterator[tuple[int, str]]]:
+        streams = [AnswerStream(self.tokenizer, config.stop) for _ in prompts]
+        return streams, answer_pieces(Decoding(self.backend, self._layout(prompts), embeds, config), streams)
 
     def _answer(
         self, prompts: Sequence[Prompt], embeds: Sequence[ImageEmbeds], config: GenerationConfig
     ) -> list[Reply]:
-        streams = [AnswerStream(self.tokenizer, config.stop) for _ in prompts]
-        pieces: list[list[str]] = [[] for _ in prompts]
-        counts = [0] * len(prompts)
-        decoding = Decoding(self.backend, self._layout(prompts), embeds, config)
-        for pairs in decoding:
-            for row, token in pairs:
-                counts[row] += 1
-                pieces[row].append(streams[row].push(token))
-                if streams[row].stopped:
-                    decoding.stop(row)
+        texts = [""] * len(prompts)
+        streams, pieces = self._start(prompts, embeds, config)
+        for row, piece in pieces:
+            texts[row] += piece
         return [
-            Reply("".join(parts) + stream.flush(), len(prompt.input_ids), count, prompt.dropped_turns)
-            for parts, stream, prompt, count in zip(pieces, streams, prompts, counts, strict=True)
+            Reply(text, len(prompt.input_ids), stream.new_tokens, prompt.dropped_turns)
+            for text, stream, prompt in zip(texts, streams, prompts, strict=True)
         ]
 
     def _layout(self, prompts: Sequence[Prompt]) -> Layout:

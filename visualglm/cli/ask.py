@@ -46,12 +46,13 @@ def _stream(
     model: VisualGLM, picture: Image | None, question: str, generation: GenerationOptions, messages: Messages
 ) -> None:
     start = time.perf_counter()
+    answer = model.stream(picture, question, **generation.keywords())
     try:
-        answer = "".join(shown(model.stream(picture, question, **generation.keywords())))
+        for _ in shown(answer):
+            pass
     finally:
         print()
-    # A stream does not count its tokens; to encode the answer again comes close.
-    messages.tell(_speed("about ", len(model.tokenizer.encode(answer)), time.perf_counter() - start))
+    messages.tell(_speed(answer.new_tokens, time.perf_counter() - start))
 
 
 def _print_reply(
@@ -77,8 +78,8 @@ def _print_reply(
         print(json.dumps(values, ensure_ascii=False))
     else:
         print(reply.text)
-    messages.tell(_speed("", reply.new_tokens, seconds))
+    messages.tell(_speed(reply.new_tokens, seconds))
 
 
-def _speed(about: str, tokens: int, seconds: float) -> str:
-    return f"{about}{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s"
+def _speed(tokens: int, seconds: float) -> str:
+    return f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s"

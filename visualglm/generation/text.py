@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from visualglm.generation.decoding import Decoding
 from visualglm.processing.answer import AnswerCleaner
 from visualglm.processing.tokenizer import StreamDecoder, Tokenizer
 
@@ -45,6 +46,7 @@ class AnswerStream:
         self._decoder = StreamDecoder(tokenizer)
         self._finder = StopFinder(stop)
         self._cleaner = AnswerCleaner()
+        self.new_tokens = 0
 
     @property
     def stopped(self) -> bool:
@@ -52,9 +54,20 @@ class AnswerStream:
         return self._finder.found
 
     def push(self, token_id: int) -> str:
+        self.new_tokens += 1
         return self._cleaner.push(self._finder.push(self._decoder.push(token_id)))
 
     def flush(self) -> str:
         """What was held back, once no more ids come."""
         rest = self._finder.push(self._decoder.flush()) + self._finder.flush()
         return self._cleaner.push(rest) + self._cleaner.flush()
+
+
+def answer_pieces(decoding: Decoding, streams: Sequence[AnswerStream]) -> Iterator[tuple[int, str]]:
+    """Run a batch to its end: (row, piece of its answer), some of them empty. A row ends early at a stop string."""
+    for pairs in decoding:
+        for row, token in pairs:
+            yield row, streams[row].push(token)
+            if streams[row].stopped:
+                decoding.stop(row)
+    yield from ((row, stream.flush()) for row, stream in enumerate(streams))
