@@ -106,7 +106,7 @@ class TorchBackend:
         return self.model.hidden_states(
             self._tensor(layout.input_ids),
             embeds,
-            self._tensor(layout.image_starts),
+            torch.from_numpy(layout.image_starts),
             self._tensor(layout.position_ids()),
             self._tensor(layout.attention_mask())[:, None],
             buffers,

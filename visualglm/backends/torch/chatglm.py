@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from visualglm.backends.torch.kv_cache import KVCache
+from visualglm.backends.torch.linear import Linear
 from visualglm.backends.torch.modules import MLP, merge_heads, split_heads
 from visualglm.config import TextConfig
 
@@ -41,8 +42,8 @@ class ChatGLMAttention(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
@@ -82,10 +83,12 @@ class ChatGLM(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not drawn at random: on the meta device that imports a computer algebra system, which takes two seconds.
+        empty = torch.empty(config.vocab_size, config.hidden_size)
+        self.word_embeddings = nn.Embedding.from_pretrained(empty, freeze=False)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(ChatGLMLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("rotary", rotary_table(config, torch.device("cpu")), persistent=False)
 
     def forward(

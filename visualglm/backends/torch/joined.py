@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from visualglm.backends.torch.chatglm import ChatGLM
 from visualglm.backends.torch.kv_cache import KVCache
+from visualglm.backends.torch.linear import Linear
 from visualglm.backends.torch.qformer import QFormer
 from visualglm.backends.torch.vit import ViT
 from visualglm.config import VisualGLMConfig
@@ -23,7 +24,7 @@ class VisualGLMModel(nn.Module):
         self.config = config
         self.vision = ViT(config.vision)
         self.qformer = QFormer(config.qformer, config.vision.hidden_size)
-        self.projection = nn.Linear(config.qformer.hidden_size, config.text.hidden_size)
+        self.projection = Linear(config.qformer.hidden_size, config.text.hidden_size)
         self.text = ChatGLM(config.text)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -34,14 +35,16 @@ class VisualGLMModel(nn.Module):
         """Token embeddings [batch, seq, width] with each image in its row's slots.
 
         image_embeds: [rows with an image, queries, width], in the order of their rows.
-        image_starts: int64 [batch], the column of the first slot, or -1 in a row without an image.
+        image_starts: int64 [batch], the column of the first slot, or -1 in a row without an image; better left on the
+        CPU, since which rows have an image has to be known there.
         """
         embeds = self.text.word_embeddings(input_ids)
         if image_embeds is None:
             return embeds  # type: ignore[no-any-return]
         rows = torch.nonzero(image_starts >= 0)
         slots = image_starts[rows] + torch.arange(image_embeds.shape[1], device=rows.device)
-        return torch.index_put(embeds, (rows, slots), image_embeds.to(embeds.dtype))
+        places = (rows.to(embeds.device), slots.to(embeds.device))
+        return torch.index_put(embeds, places, image_embeds.to(embeds.dtype))
 
     def hidden_states(
         self,

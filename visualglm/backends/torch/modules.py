@@ -7,6 +7,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional
 
+from visualglm.backends.torch.linear import Linear
+
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """[batch, seq, width] → [batch, heads, seq, width / heads]."""
@@ -24,8 +26,8 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
@@ -38,8 +40,8 @@ class MLP(nn.Module):
     def __init__(self, width: int, intermediate: int, gelu: Literal["none", "tanh"]) -> None:
         super().__init__()
         self.gelu = gelu
-        self.fc1 = nn.Linear(width, intermediate)
-        self.fc2 = nn.Linear(intermediate, width)
+        self.fc1 = Linear(width, intermediate)
+        self.fc2 = Linear(intermediate, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(functional.gelu(self.fc1(x), approximate=self.gelu))  # type: ignore[no-any-return]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from visualglm.backends.torch.linear import Linear
 from visualglm.backends.torch.modules import MLP, SelfAttention, merge_heads, split_heads
 from visualglm.config import QFormerConfig
 
@@ -16,9 +17,9 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, num_heads: int, vision_width: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(vision_width, 2 * width)
-        self.proj = nn.Linear(width, width)
+        self.q = Linear(width, width)
+        self.kv = Linear(vision_width, 2 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, vision: Tensor) -> Tensor:
         q = split_heads(self.q(x), self.num_heads)
