@@ -32,7 +32,9 @@ lint: $(DEV) ## style and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-bench: $(DEV) ## measure; docs/benchmarks.md says what
+bench: $(DEV) ## measure the built-in model and conversion; bench/README.md names larger ones
+	$(VENV)/bin/visualglm bench
+	$(PY) bench/builtin_accuracy.py --scenes 1000
 	$(PY) bench/convert.py
 
 builtin: $(DEV) ## train the built-in model again, into runs/builtin, with four processes
