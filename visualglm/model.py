@@ -216,18 +216,13 @@ class VisualGLM:
         config: GenerationConfig,
     ) -> Prompt:
         """The prompt for a question; tells in `dropped_turns` how much history did not fit."""
-        text = self.config.text
         return build_prompt(
             self.tokenizer,
+            self.config,
             question,
             history=history,
             has_image=has_image,
             language=language,
-            image_length=self.config.qformer.num_query_tokens,
-            pad_id=text.pad_token_id,
-            gmask_id=text.gmask_token_id,
-            bos_id=text.bos_token_id,
-            max_sequence_length=text.max_sequence_length,
             max_new_tokens=config.max_new_tokens,
         )
 

@@ -1,5 +1,6 @@
 import pytest
 
+from visualglm.config import QFormerConfig, TextConfig, VisualGLMConfig
 from visualglm.errors import PromptError
 from visualglm.processing.prompt import Prompt, build_prompt
 
@@ -8,17 +9,15 @@ IMAGE_LENGTH = 4
 
 @pytest.fixture
 def build(tokenizer):
-    def build(question: str, **changes: object) -> Prompt:
-        arguments = {
-            "has_image": True,
-            "image_length": IMAGE_LENGTH,
-            "pad_id": tokenizer.pad_id,
-            "gmask_id": tokenizer.gmask_id,
-            "bos_id": tokenizer.bos_id,
-            "max_sequence_length": 500,
-            "max_new_tokens": 100,
-        }
-        return build_prompt(tokenizer, question, **{**arguments, **changes})
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("pad", "mask", "gmask", "bos", "eos")}
+
+    def build(question: str, *, max_sequence_length: int = 500, **changes: object) -> Prompt:
+        config = VisualGLMConfig(
+            qformer=QFormerConfig(num_query_tokens=IMAGE_LENGTH),
+            text=TextConfig(max_sequence_length=max_sequence_length, **special),
+        )
+        arguments = {"has_image": True, "max_new_tokens": 100}
+        return build_prompt(tokenizer, config, question, **{**arguments, **changes})
 
     return build
 

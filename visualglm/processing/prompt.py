@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from visualglm.config import VisualGLMConfig
 from visualglm.errors import PromptError
 from visualglm.processing.tokenizer import Tokenizer
 
@@ -54,38 +55,35 @@ def template_for(question: str, language: Language = "auto") -> Template:
 
 def build_prompt(
     tokenizer: Tokenizer,
+    config: VisualGLMConfig,
     question: str,
     *,
     history: Sequence[Turn] = (),
     has_image: bool,
     language: Language = "auto",
-    image_length: int,
-    pad_id: int,
-    gmask_id: int,
-    bos_id: int,
-    max_sequence_length: int,
     max_new_tokens: int,
 ) -> Prompt:
     """A prompt that leaves room for `max_new_tokens`: the oldest turns are dropped, never the image or the question.
 
-    The image has `image_length` slots of `pad_id` at the very beginning. Raises `PromptError` if the question is
+    The image has its slots, filled with the pad token, at the very beginning. Raises `PromptError` if the question is
     empty, if `history` is no sequence of (question, answer) pairs, or if the question does not fit by itself.
     """
     _check(question, history, max_new_tokens)
     template = template_for(question, language)
-    head = [*tokenizer.encode(IMAGE_OPEN), *[pad_id] * image_length] if has_image else []
+    special, image_length = config.text, config.qformer.num_query_tokens
+    head = [*tokenizer.encode(IMAGE_OPEN), *[special.pad_token_id] * image_length] if has_image else []
     close = IMAGE_CLOSE if has_image else ""
 
     def ids_of(text: str) -> list[int]:
-        return [*head, *tokenizer.encode(close + text), gmask_id, bos_id]
+        return [*head, *tokenizer.encode(close + text), special.gmask_token_id, special.bos_token_id]
 
     text = template.question(question)
     ids = ids_of(text)
-    room = max_sequence_length - max_new_tokens
+    room = special.max_sequence_length - max_new_tokens
     if len(ids) > room:
         raise PromptError(
             f"The question takes {len(ids)} tokens{' with the image' if has_image else ''} and {max_new_tokens} are "
-            f"kept for the answer, more than the {max_sequence_length} of the model; "
+            f"kept for the answer, more than the {special.max_sequence_length} of the model; "
             "shorten the question or ask for fewer new tokens."
         )
     kept = 0

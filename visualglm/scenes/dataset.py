@@ -36,6 +36,7 @@ IGNORED_LABEL = -100
 HELD_OUT_SEEDS = 1 << 40  # scenes from this seed on are never trained on
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MAX_CHARACTERS = 4
+_LONGEST_ANSWER = 64
 
 Ints = NDArray[np.int64]
 
@@ -152,21 +153,16 @@ class SceneBatches:
     def _row(
         self, question: str, answer: str, history: Sequence[tuple[str, str]], language: Language, scene: int
     ) -> _Row:
-        text = self.config.text
         prompt = build_prompt(
             self.tokenizer,
+            self.config,
             question,
             history=history,
             has_image=scene >= 0,
             language=language,
-            image_length=self.config.qformer.num_query_tokens,
-            pad_id=text.pad_token_id,
-            gmask_id=text.gmask_token_id,
-            bos_id=text.bos_token_id,
-            max_sequence_length=text.max_sequence_length,
-            max_new_tokens=64,
+            max_new_tokens=_LONGEST_ANSWER,
         )
-        ids = (*prompt.input_ids, *self.tokenizer.encode(answer), text.eos_token_id)
+        ids = (*prompt.input_ids, *self.tokenizer.encode(answer), self.config.text.eos_token_id)
         return _Row(ids, prompt.image_start, len(prompt.input_ids) - 1, scene)
 
     def _pad(self, rows: Sequence[_Row]) -> Rows:
