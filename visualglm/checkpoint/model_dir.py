@@ -83,15 +83,13 @@ def open_model_directory(path: Path | str) -> ModelDirectory:
     path = Path(path)
     manifest = _read_manifest(path)
     config = VisualGLMConfig.from_file(path / CONFIG)
-    tensors = _read_weights(path)
-    shapes = parameter_shapes(config)
-    check_tensors(path, tensors, shapes)
+    tensors = read_weights(path, config)
     _check_listed(manifest, path, [CONFIG, *sorted({tensor.path.name for tensor in tensors.values()})])
     return ModelDirectory(
         path=path,
         config=config,
         manifest=manifest,
-        tensors={name: tensors[name] for name in shapes},
+        tensors={name: tensors[name] for name in parameter_shapes(config)},
         extras=read_safetensors(path / EXTRAS) if EXTRAS in manifest.files else {},
         tokenizer_path=_tokenizer(path),
     )
@@ -213,7 +211,9 @@ def _tokenizer(path: Path) -> Path | None:
     return tokenizer
 
 
-def _read_weights(path: Path) -> dict[str, StoredTensor]:
-    if (path / INDEX).is_file():
-        return read_sharded(path / INDEX, read_safetensors)
-    return read_safetensors(path / "".join(WEIGHTS))
+def read_weights(path: Path, config: VisualGLMConfig) -> dict[str, StoredTensor]:
+    """The tensors of a model directory; raises `CheckpointError` unless they are those that `config` asks for."""
+    index, single = path / INDEX, path / "".join(WEIGHTS)
+    tensors = read_sharded(index, read_safetensors) if index.exists() else read_safetensors(single)
+    check_tensors(path, tensors, parameter_shapes(config))
+    return tensors

@@ -9,26 +9,22 @@ from typing import Annotated, TypeVar, get_args
 
 from typer import Argument, Exit
 
-from visualglm.checkpoint.checks import check_tensors
 from visualglm.checkpoint.contents import Checkpoint
 from visualglm.checkpoint.files import file_pieces, hash_pieces, read_json_object, require_file, require_folder
 from visualglm.checkpoint.foreign import TOKENIZER as FOREIGN_TOKENIZER
 from visualglm.checkpoint.foreign_config import HF_CONFIG, SAT_CONFIG
 from visualglm.checkpoint.hf import read_hf
 from visualglm.checkpoint.manifest import MANIFEST, FileRecord, Manifest
-from visualglm.checkpoint.model_dir import CONFIG, INDEX, TOKENIZER, WEIGHTS
+from visualglm.checkpoint.model_dir import CONFIG, TOKENIZER, read_weights
 from visualglm.checkpoint.progress import ByteProgress
-from visualglm.checkpoint.safetensors_file import read_safetensors
 from visualglm.checkpoint.sat import read_sat
-from visualglm.checkpoint.shards import read_sharded
-from visualglm.checkpoint.tensors import StoredTensor
 from visualglm.cli.messages import Messages, print_table
 from visualglm.cli.options import Quiet
 from visualglm.config import DType, VisualGLMConfig
 from visualglm.errors import CheckpointError, VisualGLMError
 from visualglm.loading import builtin_path
 from visualglm.memory import available_memory, estimate_memory, gib
-from visualglm.parameters import parameter_count, parameter_shapes
+from visualglm.parameters import parameter_count
 from visualglm.processing.tokenizer import Tokenizer
 
 GOOD, BAD, NEITHER = "✓", "✗", "–"
@@ -122,7 +118,7 @@ def _check_model_directory(path: Path, findings: Findings, messages: Messages) -
         findings.add(NEITHER, "the rest", f"cannot be checked without {CONFIG}")
         return
     findings.attempt(
-        "tensors", partial(_fitting_tensors, path, config), lambda tensors: f"{len(tensors):,}, all of the right shape"
+        "tensors", partial(read_weights, path, config), lambda tensors: f"{len(tensors):,}, all of the right shape"
     )
     _check_use(path / TOKENIZER, config, findings)
 
@@ -147,13 +143,6 @@ def _file_fault(path: Path, record: FileRecord, progress: ByteProgress) -> str |
     except CheckpointError as error:
         return str(error)
     return None
-
-
-def _fitting_tensors(path: Path, config: VisualGLMConfig) -> Mapping[str, StoredTensor]:
-    index, single = path / INDEX, path / "".join(WEIGHTS)
-    tensors = read_sharded(index, read_safetensors) if index.exists() else read_safetensors(single)
-    check_tensors(path, tensors, parameter_shapes(config))
-    return tensors
 
 
 def _check_use(tokenizer: Path, config: VisualGLMConfig, findings: Findings) -> None:
