@@ -38,7 +38,7 @@ def test_there_and_back(invoke: Invoke, tiny_model_dir: Path, sat: Path, tmp_pat
     outcome = invoke("convert", sat, tmp_path / "hf", "--to", "hf")
     assert outcome.out.splitlines() == [
         f"source   {sat}: SAT archive, q, k and v one after the other",
-        "weights  91,248 parameters, float16, 0 MiB",
+        "weights  91,248 parameters, float16, 178 KiB",
         f"output   {tmp_path / 'hf'}: Hugging Face checkpoint",
     ]
     assert WEIGHTS_LICENSE.strip() in outcome.err
