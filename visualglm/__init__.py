@@ -1,8 +1,8 @@
 """VisualGLM-6B, usable everywhere: ask a picture questions in Chinese and English.
 
-    import visualglm
-    model = visualglm.load()                      # the built-in model; or a directory made by `visualglm convert`
-    print(model.ask("picture.png", "图里有什么？"))
+import visualglm
+model = visualglm.load()                      # the built-in model; or a directory made by `visualglm convert`
+print(model.ask("picture.png", "图里有什么？"))
 """
 
 from __future__ import annotations
