@@ -5,6 +5,6 @@ These are weights of VisualGLM-6B, converted from the original checkpoint; conve
 
 They are not covered by the licence of the program that converted them. Their authors (THUDM) allow their use for
 research only, and not for commercial purposes. The binding text is the model licence in the source repository,
-https://github.com/THUDM/VisualGLM-6B (MODEL_LICENSE). Read it before you use or pass on these files, and keep this
+https://github.com/THUDM/VisualGLM-6B. Read it before you use or pass on these files, and keep this
 note with them.
 """

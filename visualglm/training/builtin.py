@@ -1,4 +1,4 @@
-"""Trains the built-in model from nothing, in stages: first it learns to see, then to speak, then both together."""
+"""Trains the built-in model from nothing, in stages: first it learns to see, then to speak of what it sees."""
 
 from __future__ import annotations
 
