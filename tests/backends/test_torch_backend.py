@@ -13,9 +13,10 @@ import visualglm
 from visualglm.backends.base import ImageEmbeds
 from visualglm.backends.torch.backend import TorchBackend
 from visualglm.config import VisualGLMConfig
+from visualglm.errors import DeviceError
 from visualglm.model import VisualGLM
 from visualglm.parameters import parameter_shapes
-from visualglm.processing.layout import Layout, pad_batch
+from visualglm.processing.layout import Layout, layout_from_ids, pad_batch
 
 IMAGE_SLOTS = 4
 # Rows of unlike length, the second and the last without an image.
@@ -151,3 +152,10 @@ def test_encoded_images_can_be_used_again(backend, make_layout, rows, pixels):
     assert all(image.array.dtype == np.float32 for image in embeds)
     first, second = (backend.logits(make_layout(rows), images) for images in (embeds, copies))
     np.testing.assert_array_equal(first, second)
+
+
+def test_memory_that_runs_out_is_told(tiny_model_dir: Path):
+    backend = visualglm.load(tiny_model_dir).backend
+    layout = layout_from_ids(np.array([[5, 6, 8]]), pad_token_id=3, bos_token_id=8)
+    with pytest.raises(DeviceError, match=r"The memory ran out .*; use a smaller batch"):
+        backend.prefill(layout, [], capacity=10**12)

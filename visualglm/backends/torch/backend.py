@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -15,10 +16,33 @@ from visualglm.backends.torch.chatglm import rotary_table
 from visualglm.backends.torch.joined import VisualGLMModel
 from visualglm.backends.torch.kv_cache import KVCache
 from visualglm.config import VisualGLMConfig
+from visualglm.errors import DeviceError
 from visualglm.processing.layout import Layout
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Images that go through the ViT at once: more would only grow its activations.
 _IMAGES_AT_ONCE = 16
+
+
+def _computes(method: Callable[P, R]) -> Callable[P, R]:
+    """Without gradients; and memory that runs out is told in a sentence, as `DeviceError`."""
+
+    @wraps(method)
+    def compute(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            with torch.inference_mode():
+                return method(*args, **kwargs)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            raise DeviceError(
+                "The memory ran out while the model was computing; "
+                "use a smaller batch, a shorter prompt or fewer new tokens, or close other programs."
+            ) from error
+
+    return compute
 
 
 class TorchCache:
@@ -71,7 +95,7 @@ class TorchBackend:
     def description(self) -> str:
         return f"torch on {self.device}, {str(self.dtype).removeprefix('torch.')}"
 
-    @torch.inference_mode()
+    @_computes
     def encode_images(self, pixels: NDArray[np.float32]) -> list[ImageEmbeds]:
         encoded = [
             self.model.encode_images(torch.from_numpy(chunk).to(self.device, self.dtype)).float().cpu().numpy()
@@ -79,7 +103,7 @@ class TorchBackend:
         ]
         return [ImageEmbeds(array) for array in np.concatenate(encoded)]
 
-    @torch.inference_mode()
+    @_computes
     def prefill(
         self, layout: Layout, image_embeds: Sequence[ImageEmbeds], capacity: int
     ) -> tuple[NDArray[np.float32], TorchCache]:
@@ -87,7 +111,7 @@ class TorchBackend:
         hidden = self._hidden_states(layout, image_embeds, buffers)
         return self._to_numpy(self.model.text.lm_head(hidden[:, -1])), TorchCache(buffers, layout.pad_lengths)
 
-    @torch.inference_mode()
+    @_computes
     def step(self, token_ids: NDArray[np.int64], layout: Layout, cache: TorchCache) -> NDArray[np.float32]:
         column = cache.length
         mask = None
@@ -97,7 +121,7 @@ class TorchBackend:
         positions = self._tensor(layout.position_ids(column, column + 1))
         return self._to_numpy(self.model.step(self._tensor(token_ids), positions, mask, cache.buffers))
 
-    @torch.inference_mode()
+    @_computes
     def logits(self, layout: Layout, image_embeds: Sequence[ImageEmbeds]) -> NDArray[np.float32]:
         return self._to_numpy(self.model.text.lm_head(self._hidden_states(layout, image_embeds, None)))
 
