@@ -12,17 +12,21 @@ import pytest
 from visualglm.checkpoint.files import read_json_object, require_folder, staged_folder, write_file
 from visualglm.errors import CheckpointError
 
-MARKERS = ("manifest.json",)
 Entries = Callable[[Path], list[str]]
 
 
+def allow(folder: Path) -> None:
+    if not (folder / "manifest.json").is_file():
+        raise CheckpointError("it is not replaced.")
+
+
 def fill(output: Path, *, force: bool = False, needed: int = 0) -> None:
-    with staged_folder(output, needed_bytes=needed, force=force, markers=MARKERS) as folder:
+    with staged_folder(output, needed_bytes=needed, force=force, require_replaceable=allow) as folder:
         write_file(folder / "manifest.json", [b"{}"])
 
 
 def test_the_folder_appears_when_it_is_whole(tmp_path: Path, entries: Entries) -> None:
-    with staged_folder(tmp_path / "out", needed_bytes=0, force=False, markers=MARKERS) as folder:
+    with staged_folder(tmp_path / "out", needed_bytes=0, force=False, require_replaceable=allow) as folder:
         assert write_file(folder / "a", [b"x", b"", memoryview(b"yz")]) == hashlib.sha256(b"xyz").hexdigest()
         assert not (tmp_path / "out").exists()
     assert entries(tmp_path) == ["out"]
@@ -33,7 +37,7 @@ def test_the_folder_appears_when_it_is_whole(tmp_path: Path, entries: Entries) -
 def test_a_failure_leaves_nothing(error: type[BaseException], tmp_path: Path, entries: Entries) -> None:
     with (
         pytest.raises(error),
-        staged_folder(tmp_path / "out", needed_bytes=0, force=False, markers=MARKERS) as folder,
+        staged_folder(tmp_path / "out", needed_bytes=0, force=False, require_replaceable=allow) as folder,
     ):
         write_file(folder / "a", [b"x"])
         raise error
@@ -55,7 +59,7 @@ def test_an_empty_folder_is_filled_and_another_one_is_not(tmp_path: Path, entrie
 
 def test_force_replaces_no_folder_of_other_things(tmp_path: Path, entries: Entries) -> None:
     (tmp_path / "letter").touch()
-    with pytest.raises(CheckpointError, match=r"holds no manifest\.json; it is not replaced"):
+    with pytest.raises(CheckpointError, match=r"it is not replaced"):
         fill(tmp_path, force=True)
     assert entries(tmp_path) == ["letter"]
 
@@ -64,7 +68,7 @@ def test_an_old_folder_survives_a_failure_under_force(tmp_path: Path, entries: E
     fill(tmp_path / "out")
     with (
         pytest.raises(ZeroDivisionError),
-        staged_folder(tmp_path / "out", needed_bytes=0, force=True, markers=MARKERS),
+        staged_folder(tmp_path / "out", needed_bytes=0, force=True, require_replaceable=allow),
     ):
         raise ZeroDivisionError
     assert entries(tmp_path / "out") == ["manifest.json"]
@@ -91,7 +95,7 @@ def test_the_current_folder_may_be_the_output(tmp_path: Path, monkeypatch: pytes
 
 def test_two_processes_do_not_write_the_same_folder(tmp_path: Path) -> None:
     with (
-        staged_folder(tmp_path / "out", needed_bytes=0, force=False, markers=MARKERS),
+        staged_folder(tmp_path / "out", needed_bytes=0, force=False, require_replaceable=allow),
         pytest.raises(CheckpointError, match=r"Another process is writing .*\.out\.partial"),
     ):
         fill(tmp_path / "out")
@@ -111,7 +115,7 @@ KILLED = """
     import sys, time
     from pathlib import Path
     from visualglm.checkpoint.files import staged_folder, write_file
-    with staged_folder(Path(sys.argv[1]), needed_bytes=0, force=False, markers=()) as folder:
+    with staged_folder(Path(sys.argv[1]), needed_bytes=0, force=False, require_replaceable=lambda _: None) as folder:
         (folder / "1").mkdir()
         write_file(folder / "1" / "a", [b"x"])
         print("ready", flush=True)
@@ -147,7 +151,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_fills_up(small_disk: Path, entries: Entries) -> None:
     with (
         pytest.raises(CheckpointError, match=r"The disk is full: .*out could not be written and nothing of it is left"),
-        staged_folder(small_disk / "out", needed_bytes=0, force=False, markers=MARKERS) as folder,
+        staged_folder(small_disk / "out", needed_bytes=0, force=False, require_replaceable=allow) as folder,
     ):
         write_file(folder / "a", [os.urandom(1 << 16)] * 20)
     assert entries(small_disk) == []

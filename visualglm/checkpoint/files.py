@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,15 +95,17 @@ def write_file(path: Path, pieces: Iterable[Piece]) -> str:
 
 
 @contextmanager
-def staged_folder(output: Path, *, needed_bytes: int, force: bool, markers: Sequence[str]) -> Iterator[Path]:
+def staged_folder(
+    output: Path, *, needed_bytes: int, force: bool, require_replaceable: Callable[[Path], None]
+) -> Iterator[Path]:
     """A folder to fill, which becomes `output` when the block ends well and is deleted when it does not.
 
-    It lies beside `output`. A folder that is not empty is replaced only if `force` is set and it holds one of
-    `markers`. What a killed process has left is cleared by the next one. Raises `CheckpointError` if `output` cannot
-    be written, the disk has less than `needed_bytes` to spare or fills up.
+    It lies beside `output`. A folder that is not empty is replaced only if `force` is set and `require_replaceable`
+    raises no `CheckpointError` for it. What a killed process has left is cleared by the next one. Raises
+    `CheckpointError` if `output` cannot be written, the disk has less than `needed_bytes` to spare or fills up.
     """
     output = output.resolve()
-    _check_output(output, force, markers)
+    _check_output(output, force, require_replaceable)
     _check_space(output.parent, needed_bytes)
     partial = output.with_name(f".{output.name}.partial")
     try:
@@ -126,7 +128,7 @@ def _write_all(descriptor: int, piece: Piece) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def _check_output(output: Path, force: bool, markers: Sequence[str]) -> None:
+def _check_output(output: Path, force: bool, require_replaceable: Callable[[Path], None]) -> None:
     if not output.parent.is_dir():
         raise CheckpointError(f"{output.parent} does not exist; create the folder {output.name} shall lie in.")
     if not output.exists():
@@ -139,8 +141,7 @@ def _check_output(output: Path, force: bool, markers: Sequence[str]) -> None:
         return
     if not force:
         raise CheckpointError(f"{output} is not empty; give another folder, or --force to replace it.")
-    if not any((output / marker).is_file() for marker in markers):
-        raise CheckpointError(f"{output} is not empty and holds no {' or '.join(markers)}; it is not replaced.")
+    require_replaceable(output)
 
 
 def _check_space(folder: Path, needed_bytes: int) -> None:

@@ -22,6 +22,7 @@ from visualglm.checkpoint.files import (
 )
 from visualglm.checkpoint.manifest import MANIFEST, FileRecord, Manifest
 from visualglm.checkpoint.progress import ByteProgress, Report
+from visualglm.checkpoint.replaceable import require_replaceable
 from visualglm.checkpoint.safetensors_file import read_safetensors, safetensors_pieces
 from visualglm.checkpoint.shards import index_json, read_sharded, split_into_shards
 from visualglm.checkpoint.tensors import Piece, StoredTensor
@@ -36,8 +37,6 @@ EXTRAS = "extras.safetensors"
 TOKENIZER = "tokenizer.model"
 LICENSE = "WEIGHTS_LICENSE.txt"
 
-# A folder with one of these is a checkpoint, which --force may replace.
-CHECKPOINT_MARKERS = (MANIFEST, CONFIG, "model_config.json")
 _OVERHEAD_BYTES = 1_000_000
 
 
@@ -129,7 +128,7 @@ def staged_checkpoint(path: Path | str, checkpoint: Checkpoint, *, force: bool) 
     needed = checkpoint.size_bytes + _OVERHEAD_BYTES
     if checkpoint.tokenizer_path:
         needed += checkpoint.tokenizer_path.stat().st_size
-    return staged_folder(Path(path), needed_bytes=needed, force=force, markers=CHECKPOINT_MARKERS)
+    return staged_folder(Path(path), needed_bytes=needed, force=force, require_replaceable=require_replaceable)
 
 
 def fill_model_directory(folder: Path, checkpoint: Checkpoint, progress: ByteProgress) -> None:
