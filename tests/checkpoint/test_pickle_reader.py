@@ -138,6 +138,12 @@ def test_tensors_that_do_not_fit_their_storage(
         read_torch_archive(path)
 
 
+# A storage whose size is a tuple of two of the same, 60 times over: 2**60 of them if it were spelled out.
+EXPONENTIAL = (
+    b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu)"
+    + b"".join(b"q\x00h\x00\x86" for _ in range(60))
+    + b"tQ."
+)
 NESTED = b"\x80\x02})" + b"\x85" * 200_000 + b"Ns."
 
 
@@ -151,6 +157,9 @@ NESTED = b"\x80\x02})" + b"\x85" * 200_000 + b"Ns."
         (b"\x80\x02K\x01.", "holds no dictionary"),
         (b"\x80\x02}X\x01\x00\x00\x00aK\x01s.", "holds a, which is no tensor"),
         (NESTED, "damaged pickle"),
+        (EXPONENTIAL, "damaged pickle"),
+        (b"\x80\x02)" + b"\x85" * 300_000 + b".", "more than 250,000 instructions"),
+        (b"\x80\x02}K\x07K\x01s.", "holds tensors without a name"),
         (b"\x80\x02}r\xff\xff\xff\xff.", "^"),
         (b"\x80\x02(cos\nsystem\no.", "refers to 'os.system'"),
         (b"\x80\x02(X\x02\x00\x00\x00lsios\nsystem\n.", "instruction INST"),
@@ -181,7 +190,7 @@ def test_attributes_of_a_dictionary_are_passed_over(tmp_path: Path) -> None:
 def test_a_pickle_of_absurd_size_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     with zipfile.ZipFile(path, "w") as file:
-        file.writestr("a/data.pkl", bytes((64 << 20) + 1))
+        file.writestr("a/data.pkl", bytes((16 << 20) + 1))
     with pytest.raises(CheckpointError, match="far more than that takes"):
         read_torch_archive(path)
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
+# A tensor takes about 30; the released model has 1,400 of them.
+_MOST_INSTRUCTIONS = 250_000
 _STORAGE_DTYPES = {
     "FloatStorage": "float32",
     "HalfStorage": "float16",
@@ -74,7 +76,9 @@ def read_pickle(data: bytes) -> Any:
     """
     machine = _Machine()
     try:
-        for opcode, argument, _ in pickletools.genops(data):
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if number == _MOST_INSTRUCTIONS:
+                raise PickleRefusedError(f"has a pickle of more than {number:,} instructions, far more than that takes")
             machine.execute(opcode.name, argument)
         return machine.stack.pop()
     except (ValueError, TypeError, IndexError, KeyError, AttributeError, RecursionError, OverflowError) as error:
@@ -181,7 +185,8 @@ def _expect(value: Any, *types: type) -> Any:
 
 def _natural(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} where a size is needed")
+        # Not the value: spelling out a tuple of shared tuples can take forever.
+        raise ValueError(f"{type(value)} where a size is needed")
     return value
 
 

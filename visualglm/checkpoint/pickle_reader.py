@@ -17,7 +17,7 @@ from visualglm.checkpoint.pickle_machine import PickledStorage, PickledTensor, P
 from visualglm.checkpoint.tensors import NUMPY_DTYPES, StoredTensor
 from visualglm.errors import CheckpointError
 
-_MAX_PICKLE_BYTES = 64 << 20
+_MAX_PICKLE_BYTES = 16 << 20
 # A protocol-2 pickle of the number that begins the format torch used before 1.6.
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _RESAVE = "torch.save(torch.load('{0}', weights_only=True), '{0}')"
@@ -68,6 +68,8 @@ class _Archive:
         if not isinstance(values, dict):
             what = f"has no dictionary {inside!r}" if inside else "holds no dictionary"
             raise CheckpointError(f"{self._path} {what} of tensors; give a checkpoint of weights.")
+        if not all(isinstance(name, str) for name in values):
+            raise CheckpointError(f"{self._path} holds tensors without a name; give a checkpoint of weights.")
         return {name: self._tensor(name, value) for name, value in values.items()}
 
     def _entry(self, name: str) -> ZipInfo:
@@ -84,10 +86,10 @@ class _Archive:
             raise PickleRefusedError(f"describes its tensors in {info.file_size:,} bytes, far more than that takes")
         return self._archive.read(info)
 
-    def _tensor(self, name: Any, value: Any) -> StoredTensor:
+    def _tensor(self, name: str, value: Any) -> StoredTensor:
         if not isinstance(value, PickledTensor):
             raise CheckpointError(
-                f"{self._path} holds {readable(str(name))}, which is no tensor; give a checkpoint of weights."
+                f"{self._path} holds {readable(name)}, which is no tensor; give a checkpoint of weights."
             )
         last = value.offset + sum((size - 1) * step for size, step in zip(value.shape, value.strides, strict=True))
         count = prod(value.shape)
