@@ -20,8 +20,15 @@ def test_the_released_model():
     assert half.kv_cache == 2 * 28 * 4096 * 2048 * 2
     assert (single.weights, single.kv_cache) == (2 * half.weights, 2 * half.kv_cache)
     assert estimate_memory(VisualGLMConfig(), "float16", batch_size=3).kv_cache == 3 * half.kv_cache
-    assert str(half) == "16.0 GiB (weights 14.5 GiB, cache 896 MiB, work 600 MiB)"
+    assert str(half) == "16.0 GiB (weights 14.5 GiB, cache 896 MiB, work 601 MiB)"
     assert half.total == half.weights + half.kv_cache + half.working
+
+
+def test_the_rotary_table_of_a_long_window_counts():
+    text = VisualGLMConfig().text.model_copy(update={"max_sequence_length": 2**20})
+    longer = estimate_memory(VisualGLMConfig(text=text), "float16")
+    # Cosines and sines, columns, half a head's width, bytes.
+    assert longer.working == 600 * MIB + 2 * 2**20 * 64 * 4
 
 
 def test_a_small_model(tiny_config: VisualGLMConfig):

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, ValidationError, model_validator
 
 from visualglm.errors import ConfigError
+from visualglm.faults import first_fault
 
+# Far above any model of this kind, and low enough that a damaged file cannot keep the machine busy for hours.
+MAX_LAYERS = 1000
+Layers = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+Width = Annotated[int, Field(ge=1, le=2**18)]
+ImageSize = Annotated[int, Field(ge=1, le=4096)]
+Tokens = Annotated[int, Field(ge=1, le=2**20)]
+Vocabulary = Annotated[int, Field(ge=1, le=10**7)]
 DType = Literal["float32", "float16", "bfloat16"]
 
 
@@ -25,13 +33,13 @@ def _require_divisible(what: str, size: int, by: str, divisor: int) -> None:
 class VisionConfig(_Config):
     """The ViT: pre-LN blocks over square patches and one class token."""
 
-    image_size: PositiveInt = 224
-    patch_size: PositiveInt = 14
-    in_channels: PositiveInt = 3
-    hidden_size: PositiveInt = 1408
-    intermediate_size: PositiveInt = 6144
-    num_hidden_layers: PositiveInt = 39
-    num_attention_heads: PositiveInt = 16
+    image_size: ImageSize = 224
+    patch_size: ImageSize = 14
+    in_channels: Annotated[int, Field(ge=1, le=1000)] = 3
+    hidden_size: Width = 1408
+    intermediate_size: Width = 6144
+    num_hidden_layers: Layers = 39
+    num_attention_heads: Width = 16
     layer_norm_eps: PositiveFloat = 1e-6
     final_layer_norm_eps: PositiveFloat = 1e-5
 
@@ -52,11 +60,11 @@ class VisionConfig(_Config):
 class QFormerConfig(_Config):
     """The Q-Former: learned queries that read the ViT through cross-attention in some of its layers."""
 
-    num_query_tokens: PositiveInt = 32
-    hidden_size: PositiveInt = 768
-    intermediate_size: PositiveInt = 3072
-    num_hidden_layers: PositiveInt = 12
-    num_attention_heads: PositiveInt = 12
+    num_query_tokens: Annotated[int, Field(ge=1, le=4096)] = 32
+    hidden_size: Width = 768
+    intermediate_size: Width = 3072
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Width = 12
     cross_attention_layers: tuple[NonNegativeInt, ...] = (0, 2, 4, 6, 8, 10)
     layer_norm_eps: PositiveFloat = 1e-12
 
@@ -77,12 +85,12 @@ class QFormerConfig(_Config):
 class TextConfig(_Config):
     """ChatGLM: post-LN blocks with scaled residuals and two-dimensional rotary positions."""
 
-    vocab_size: PositiveInt = 130528
-    hidden_size: PositiveInt = 4096
-    intermediate_size: PositiveInt = 16384
-    num_hidden_layers: PositiveInt = 28
-    num_attention_heads: PositiveInt = 32
-    max_sequence_length: PositiveInt = 2048
+    vocab_size: Vocabulary = 130528
+    hidden_size: Width = 4096
+    intermediate_size: Width = 16384
+    num_hidden_layers: Layers = 28
+    num_attention_heads: Width = 32
+    max_sequence_length: Tokens = 2048
     layer_norm_eps: PositiveFloat = 1e-5
     rotary_base: PositiveFloat = 10000.0
     # The original rounds the rotary frequencies through float16 when the whole model is cast to it.
@@ -140,7 +148,7 @@ class VisualGLMConfig(_Config):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError(f"{source} is not valid: {_first_fault(error)}.") from error
+            raise ConfigError(f"{source} is not valid: {first_fault(error)}.") from error
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
@@ -154,12 +162,3 @@ class VisualGLMConfig(_Config):
         if not isinstance(values, dict):
             raise ConfigError(f"{path} must hold one JSON object; convert the checkpoint again.")
         return cls.from_dict(values, str(path))
-
-
-def _first_fault(error: ValidationError) -> str:
-    fault = error.errors()[0]
-    where = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        return f"the key {where} is unknown"
-    message = fault["msg"].removeprefix("Value error, ")
-    return f"{where}: {message} (it is {fault['input']!r:.80})" if where and fault["type"] != "value_error" else message

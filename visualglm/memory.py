@@ -13,7 +13,7 @@ from visualglm.errors import DeviceError
 from visualglm.parameters import parameter_count
 
 BYTES_PER_ELEMENT: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
-# Activations of one prompt, the tables, and the libraries themselves.
+# Activations of one prompt, and the libraries themselves.
 _WORKING_BYTES = 600 * 2**20
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -38,7 +38,8 @@ def estimate_memory(config: VisualGLMConfig, dtype: DType, *, batch_size: int = 
     """What a model of `config` takes in `dtype` with `batch_size` rows of the whole window."""
     text, size = config.text, BYTES_PER_ELEMENT[dtype]
     kv_cache = 2 * text.num_hidden_layers * text.hidden_size * text.max_sequence_length * batch_size * size
-    return MemoryEstimate(parameter_count(config) * size, kv_cache)
+    rotary = text.max_sequence_length * text.head_dim * BYTES_PER_ELEMENT["float32"]
+    return MemoryEstimate(parameter_count(config) * size, kv_cache, _WORKING_BYTES + rotary)
 
 
 def available_memory() -> int:

@@ -94,6 +94,15 @@ def test_missing_and_malformed_fields(sat_values: dict[str, Any]) -> None:
             read({**sat_values, name: value})
 
 
+@pytest.mark.parametrize("is_decoder", [True, None])
+def test_numbers_of_layers_without_end(is_decoder: bool | None, sat_values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"text\.num_hidden_layers is 10000000, but must be at most 1,000\."):
+        read({**sat_values, "num_layers": 10**7})
+    qformer = sat_values["qformer_args"] | {"num_layers": 10**12, "is_decoder": is_decoder}
+    with pytest.raises(ConfigError, match=r"qformer\.num_hidden_layers is 10+, but must be at most 1,000\."):
+        read({**sat_values, "qformer_args": qformer})
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_a_new_file_says_the_same(style: str, sat_values: dict[str, Any]) -> None:
     for config in (read(sat_values), VisualGLMConfig()):

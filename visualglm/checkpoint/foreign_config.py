@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from visualglm.config import VisualGLMConfig
+from visualglm.config import MAX_LAYERS, VisualGLMConfig
 from visualglm.errors import CheckpointError
+from visualglm.faults import brief
 
 Values = Mapping[str, Any]
 
@@ -166,14 +167,16 @@ def _image_size(vision: Values, where: str) -> dict[str, Any]:
         return {}
     if isinstance(size, list):
         if len(size) != 2 or size[0] != size[1]:
-            raise CheckpointError(f"{where} has the image size {size}; only square images are supported.")
+            raise CheckpointError(f"{where} has the image size {brief(size)}; only square images are supported.")
         size = size[0]
     return {"image_size": size}
 
 
 def _cross_attention(qformer: Values) -> dict[str, Any]:
     """`is_decoder`, one flag or one for each layer, says where cross-attention is: else in every even layer."""
-    layers = range(qformer["num_layers"]) if isinstance(qformer["num_layers"], int) else range(0)
+    count = qformer["num_layers"]
+    # A number that is refused later; nothing is made of it here.
+    layers = range(count if isinstance(count, int) and count <= MAX_LAYERS else 0)
     flags = qformer.get("is_decoder")
     if isinstance(flags, bool):
         flags = [flags] * len(layers)
@@ -185,4 +188,4 @@ def _cross_attention(qformer: Values) -> dict[str, Any]:
 def _check_fixed(section: Values, fixed: Values, where: str) -> None:
     for name, value in fixed.items():
         if name in section and section[name] != value:
-            raise CheckpointError(f"{where}: {name} is {section[name]!r}, and only {value!r} is supported.")
+            raise CheckpointError(f"{where}: {name} is {brief(section[name])}, and only {value!r} is supported.")

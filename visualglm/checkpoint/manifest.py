@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from visualglm.checkpoint.checks import readable
 from visualglm.checkpoint.files import is_plain_name, read_json_object
 from visualglm.errors import CheckpointError
+from visualglm.faults import first_fault
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -72,9 +73,7 @@ class Manifest(BaseModel):
         try:
             manifest = cls.model_validate(values)
         except ValidationError as error:
-            fault = error.errors()[0]
-            where = ".".join(str(part) for part in fault["loc"])
-            message = f"{path} is not valid: {where}: {fault['msg']}; convert the checkpoint again."
+            message = f"{path} is not valid: {first_fault(error)}; convert the checkpoint again."
             raise CheckpointError(message) from error
         outside = [name for name in manifest.files if not is_plain_name(name)]
         if outside:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from visualglm.errors import ConfigError
+from visualglm.faults import first_fault
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
@@ -38,7 +39,7 @@ class GenerationConfig(BaseModel):
     @classmethod
     def _not_empty(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
         if any(not text for text in stop):
-            raise ValueError("a stop string must not be empty")
+            raise ValueError("stop holds an empty text, but a stop string must not be empty")
         return stop
 
     @property
@@ -55,9 +56,9 @@ class GenerationConfig(BaseModel):
             return cls(**options)
         except ValidationError as error:
             fault = error.errors()[0]
-            name = ".".join(str(part) for part in fault["loc"][:1])
             if fault["type"] == "extra_forbidden":
                 known = ", ".join(cls.model_fields)
-                raise ConfigError(f"The generation option {name} is unknown; the options are {known}.") from error
-            reason = fault["msg"].removeprefix("Value error, ")
-            raise ConfigError(f"The generation option {name} is {fault['input']!r:.80}, but: {reason}.") from error
+                raise ConfigError(
+                    f"The generation option {fault['loc'][0]} is unknown; the options are {known}."
+                ) from error
+            raise ConfigError(f"The generation option {first_fault(error)}.") from error

@@ -1,0 +1,54 @@
+"""The faults that pydantic finds, in the words of this package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+_MUST_BE = {
+    "greater_than": "above {gt:,}",
+    "greater_than_equal": "at least {ge:,}",
+    "less_than": "below {lt:,}",
+    "less_than_equal": "at most {le:,}",
+    "finite_number": "a finite number",
+    "literal_error": "{expected}",
+}
+# The first words of the types of fault; of each there are several, such as int_type and int_parsing.
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "string": "text",
+    "bool": "true or false",
+    "tuple": "a list",
+    "dict": "a table of names and values",
+    "model": "a table of names and values",
+}
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first fault in `error` as a clause: "text.hidden_size is 0, but must be at least 1"."""
+    fault = error.errors()[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"the key {where} is unknown"
+    if fault["type"] == "value_error":
+        return fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "missing":
+        return f"{where} is missing"
+    return f"{where} is {brief(fault['input'])}, but must be {_must_be(fault['type'], fault.get('ctx', {}))}"
+
+
+def brief(value: object) -> str:
+    """A value for a message, not endless."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # Python spells out no whole number of more than 4,300 digits
+        return "a huge number"
+
+
+def _must_be(kind: str, limits: dict[str, Any]) -> str:
+    if kind in _MUST_BE:
+        whole = {name: int(limit) for name, limit in limits.items() if isinstance(limit, float) and limit.is_integer()}
+        return _MUST_BE[kind].format(**limits | whole)
+    return _KINDS.get(kind.partition("_")[0], "of another kind")
