@@ -1,5 +1,6 @@
 """`visualglm.load`: what it refuses, and in what words; and that importing the package costs nothing."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,13 @@ def test_what_is_no_model_directory(tmp_path: Path):
         with pytest.raises(CheckpointError) as caught:
             visualglm.load(path)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_paths_that_are_none(tiny_model_dir: Path):
+    for path, words in ((5, "not int"), ("", "empty"), ("a" * 10_000, "File name too long"), ("a\0b", "null")):
+        with pytest.raises(CheckpointError, match=words):
+            visualglm.load(path)  # type: ignore[arg-type]
+    assert visualglm.load(os.fsencode(tiny_model_dir), device="cpu").name == str(tiny_model_dir)  # type: ignore[arg-type]
 
 
 def test_a_foreign_archive_is_told_to_be_converted():

@@ -31,10 +31,10 @@ def load_model(
     if adapter is not None:
         raise DeviceError(f"The adapter {adapter} cannot be used: this version of visualglm has no adapters yet.")
     load_backend = _backend_loader(backend)
-    directory = open_model_directory(builtin_path() if path is None else Path(path))
+    directory = open_model_directory(builtin_path() if path is None else path)
     tokenizer_path = directory.tokenizer_path
     tokenizer = None if tokenizer_path is None else Tokenizer.for_model(tokenizer_path, directory.config.text)
-    name = BUILTIN_NAME if path is None else str(path)
+    name = BUILTIN_NAME if path is None else str(directory.path)
     return VisualGLM(load_backend(directory, device, dtype), tokenizer, name=name)
 
 

@@ -357,11 +357,14 @@ def test_the_tokenizer(tiny_model_dir: Path, tiny_tokenizer_path: Path, sat_arch
     with pytest.raises(TokenizerError, match="does not fit this model"):
         convert(sat_archive, tmp_path / "out", tokenizer=tiny_tokenizer_path)
     (source / "ice_text.model").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(CheckpointError, match=r"ice_text\.model is only a git-lfs pointer"):
+    with pytest.raises(TokenizerError, match=r"The tokenizer .*ice_text\.model is a git-lfs pointer"):
         convert(source, tmp_path / "out")
     assert convert(source, tmp_path / "given", tokenizer=tiny_tokenizer_path).has_tokenizer
-    with pytest.raises(CheckpointError, match="nothing is missing"):
-        convert(source, tmp_path / "out", tokenizer=tmp_path / "nothing")
+    for name, words in (("nothing", "nothing does not exist; put the"), ("with", "with is a folder")):
+        with pytest.raises(TokenizerError, match=f"The tokenizer .*{words}"):
+            convert(source, tmp_path / "out", tokenizer=tmp_path / name)
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        convert(source, "a\0b")
     assert not (tmp_path / "out").exists()
 
 
@@ -426,3 +429,9 @@ def test_nothing_imports_torch(goldens: Path, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True)
     assert done.stdout == "[]\n"
+
+
+def test_an_archive_whose_latest_is_empty(sat_archive: Path, tmp_path: Path) -> None:
+    (sat_archive / "latest").write_text("\n")
+    with pytest.raises(CheckpointError, match="latest is empty and should name the weights' folder"):
+        convert(sat_archive, tmp_path / "out")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from visualglm.checkpoint.files import read_json_object, require_folder, staged_folder, write_file
+from visualglm.checkpoint.files import checked_path, read_json_object, require_folder, staged_folder, write_file
 from visualglm.errors import CheckpointError
 
 Entries = Callable[[Path], list[str]]
@@ -82,7 +82,7 @@ def test_outputs_that_cannot_be(tmp_path: Path) -> None:
         fill(tmp_path / "nowhere" / "out")
     with pytest.raises(CheckpointError, match="mount point"):
         fill(Path("/proc"), force=True)
-    with pytest.raises(CheckpointError, match=r"Writing needs 1000000000\.0 GB, but .* has .* GB free"):
+    with pytest.raises(CheckpointError, match=r"Writing needs 931322574\.6 GiB, but .* has .* GiB free"):
         fill(tmp_path / "out", needed=10**18)
 
 
@@ -155,7 +155,7 @@ def test_a_disk_that_fills_up(small_disk: Path, entries: Entries) -> None:
     ):
         write_file(folder / "a", [os.urandom(1 << 16)] * 20)
     assert entries(small_disk) == []
-    with pytest.raises(CheckpointError, match=r"has 0\.0 GB free"):
+    with pytest.raises(CheckpointError, match=r"Writing needs 2 MiB, but .* has \d+ [KM]iB free"):
         fill(small_disk / "out", needed=2 << 20)
 
 
@@ -192,6 +192,30 @@ def test_json_that_is_none(tmp_path: Path) -> None:
     path.write_bytes(b"[" * 100_000)
     with pytest.raises(CheckpointError, match="no valid JSON"):
         read_json_object(path)
+
+
+def test_a_folder_in_the_place_of_a_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a folder and should be a file"):
+        read_json_object(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (5, r"A path must be text, not int; give the path of a folder\."),
+        (None, "A path must be text, not NoneType"),
+        ("", "The path is empty; give the path of a folder"),
+        ("a\0b", r"The path 'a\\x00b' cannot be used \(.*null .*\); give another\."),
+        ("a" * 10_000, r"The path 'a{100}' cannot be used \(File name too long\); give another\."),
+    ],
+)
+def test_paths_that_no_file_can_have(path: object, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        checked_path(path)
+
+
+def test_paths_in_bytes(tmp_path: Path) -> None:
+    assert checked_path(os.fsencode(tmp_path)) == checked_path(str(tmp_path)) == checked_path(tmp_path) == tmp_path
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:

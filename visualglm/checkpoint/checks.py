@@ -5,23 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from visualglm.checkpoint.files import readable
 from visualglm.checkpoint.tensors import WEIGHT_DTYPES, Tensor
 from visualglm.errors import CheckpointError
 from visualglm.parameters import Shape
 
 _MOST_LISTED = 10
-_LONGEST_NAME = 100
 
 
 def listed(names: Collection[str]) -> str:
     """`names` with commas, at most ten of them and the number of the rest."""
     shown = ", ".join(readable(name) for name in list(names)[:_MOST_LISTED])
     return shown if len(names) <= _MOST_LISTED else f"{shown} and {len(names) - _MOST_LISTED} more"
-
-
-def readable(name: str) -> str:
-    """A name from a file, fit for a message: not endless, and no control characters for the terminal."""
-    return ascii(name[:_LONGEST_NAME]) if len(name) > _LONGEST_NAME or not name.isprintable() else name
 
 
 def check_tensors(where: Path, found: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> None:

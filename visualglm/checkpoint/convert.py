@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from visualglm.checkpoint.contents import Checkpoint
-from visualglm.checkpoint.files import require_file, require_folder
+from visualglm.checkpoint.files import checked_path, require_folder
 from visualglm.checkpoint.foreign_config import HF_CONFIG, SAT_CONFIG
 from visualglm.checkpoint.hf import HF, read_hf, write_hf
 from visualglm.checkpoint.manifest import MANIFEST, Layout
@@ -78,7 +78,7 @@ def convert(
     Raises `CheckpointError`, `ConfigError` or `TokenizerError` before anything is written if the source is not whole,
     and `CheckpointError` if the output cannot be written.
     """
-    source, output = Path(source), Path(output)
+    source, output = checked_path(source), checked_path(output)
     if to not in _WRITERS:
         raise CheckpointError(f"The format {to!r} is unknown; give one of {', '.join(_WRITERS)}.")
     _check_apart(source, output)
@@ -118,9 +118,8 @@ def _check_apart(source: Path, output: Path) -> None:
 
 
 def _with_tokenizer(checkpoint: Checkpoint, tokenizer: Path | str | None) -> Checkpoint:
-    path = checkpoint.tokenizer_path if tokenizer is None else Path(tokenizer)
+    path = checkpoint.tokenizer_path if tokenizer is None else checked_path(tokenizer)
     if path is None:
         return checkpoint
-    require_file(path)
     Tokenizer.for_model(path, checkpoint.config.text)
     return replace(checkpoint, tokenizer_path=path)

@@ -15,10 +15,12 @@ from typing import Any
 
 from visualglm.checkpoint.tensors import PIECE_BYTES, Piece
 from visualglm.errors import CheckpointError
+from visualglm.memory import gib
 
 if sys.platform != "win32":
     import fcntl
 
+_LONGEST_NAME = 100
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -36,6 +38,28 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return values
 
 
+def checked_path(path: object) -> Path:
+    """`path`, given by a user as text, bytes or `os.PathLike`; raises `CheckpointError` if no file can have it."""
+    if not isinstance(path, str | bytes | os.PathLike):
+        raise CheckpointError(f"A path must be text, not {type(path).__name__}; give the path of a folder.")
+    name = os.fsdecode(path)
+    if not name:
+        raise CheckpointError("The path is empty; give the path of a folder.")
+    try:
+        os.lstat(name)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"The path {readable(name)} cannot be used ({reason}); give another.") from error
+    return Path(name)
+
+
+def readable(name: str) -> str:
+    """A name from a file or a user, fit for a message: not endless, and no control characters for the terminal."""
+    return ascii(name[:_LONGEST_NAME]) if len(name) > _LONGEST_NAME or not name.isprintable() else name
+
+
 def require_folder(path: Path) -> None:
     """Raises `CheckpointError` unless `path` is a folder."""
     if path.is_file():
@@ -46,6 +70,8 @@ def require_folder(path: Path) -> None:
 
 def require_file(path: Path) -> None:
     """Raises `CheckpointError` unless `path` is a file of its own, not a git-lfs pointer to one."""
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder and should be a file; get the checkpoint again.")
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; get the checkpoint again, or convert it again.")
     try:
@@ -148,7 +174,7 @@ def _check_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise CheckpointError(
-            f"Writing needs {needed_bytes / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free; "
+            f"Writing needs {gib(needed_bytes)}, but {folder} has {gib(free)} free; "
             "make room or give a folder on another disk."
         )
 

@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from visualglm.checkpoint.checks import readable
-from visualglm.checkpoint.files import is_plain_name, read_json_object
+from visualglm.checkpoint.files import is_plain_name, read_json_object, readable
 from visualglm.errors import CheckpointError
 from visualglm.faults import first_fault
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from visualglm.checkpoint.checks import check_tensors, listed
 from visualglm.checkpoint.contents import Checkpoint
 from visualglm.checkpoint.files import (
+    checked_path,
     file_pieces,
     hash_pieces,
     require_file,
@@ -79,7 +80,7 @@ def open_model_directory(path: Path | str) -> ModelDirectory:
     Raises `CheckpointError` if it is none, files are missing, cut short or git-lfs pointers, or its tensors are not
     exactly those its configuration asks for; `ConfigError` if the configuration is not valid.
     """
-    path = Path(path)
+    path = checked_path(path)
     manifest = _read_manifest(path)
     config = VisualGLMConfig.from_file(path / CONFIG)
     tensors = read_weights(path, config)
@@ -111,7 +112,7 @@ def write_model_directory(
 
 def verify(path: Path | str, report: Report | None = None) -> Manifest:
     """Hash every file again; raises `CheckpointError` naming those that are missing or not as they were written."""
-    path = Path(path)
+    path = checked_path(path)
     manifest = _read_manifest(path)
     progress = ByteProgress(sum(record.size for record in manifest.files.values()), report)
     hashes = progress.run(partial(hash_pieces, progress.track(file_pieces(path / name))) for name in manifest.files)
@@ -128,7 +129,7 @@ def staged_checkpoint(path: Path | str, checkpoint: Checkpoint, *, force: bool) 
     needed = checkpoint.size_bytes + _OVERHEAD_BYTES
     if checkpoint.tokenizer_path:
         needed += checkpoint.tokenizer_path.stat().st_size
-    return staged_folder(Path(path), needed_bytes=needed, force=force, require_replaceable=require_replaceable)
+    return staged_folder(checked_path(path), needed_bytes=needed, force=force, require_replaceable=require_replaceable)
 
 
 def fill_model_directory(folder: Path, checkpoint: Checkpoint, progress: ByteProgress) -> None:

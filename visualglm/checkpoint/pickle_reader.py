@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
-from visualglm.checkpoint.checks import readable
-from visualglm.checkpoint.files import require_file
+from visualglm.checkpoint.files import readable, require_file
 from visualglm.checkpoint.pickle_machine import PickledStorage, PickledTensor, PickleRefusedError, read_pickle
 from visualglm.checkpoint.tensors import NUMPY_DTYPES, StoredTensor
 from visualglm.errors import CheckpointError

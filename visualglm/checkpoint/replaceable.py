@@ -6,8 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from visualglm.checkpoint.checks import readable
-from visualglm.checkpoint.files import read_json_object
+from visualglm.checkpoint.files import read_json_object, readable
 from visualglm.checkpoint.foreign_config import HF_CONFIG, SAT_CONFIG
 from visualglm.checkpoint.manifest import MANIFEST, Manifest
 from visualglm.errors import CheckpointError

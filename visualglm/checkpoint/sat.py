@@ -54,6 +54,8 @@ def _latest_tag(path: Path) -> str:
         raise CheckpointError(
             f"{path / _LATEST}, which names the folder of the weights, is missing or unreadable; get the archive again."
         ) from error
+    if not tag:
+        raise CheckpointError(f"{path / _LATEST} is empty and should name the weights' folder; get the archive again.")
     if not is_plain_name(tag):
         raise CheckpointError(f"{path / _LATEST} names a folder outside the archive, {tag[:80]!r}; do not use it.")
     return tag

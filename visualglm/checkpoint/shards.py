@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from visualglm.checkpoint.checks import listed, readable
-from visualglm.checkpoint.files import is_plain_name, read_json_object
+from visualglm.checkpoint.checks import listed
+from visualglm.checkpoint.files import is_plain_name, read_json_object, readable
 from visualglm.checkpoint.tensors import StoredTensor, Tensor, tensor_bytes
 from visualglm.errors import CheckpointError
 

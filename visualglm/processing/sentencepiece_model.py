@@ -43,8 +43,9 @@ def read_model(path: Path) -> bytes:
         model = path.read_bytes()
     except FileNotFoundError as error:
         raise TokenizerError(f"The tokenizer {path} does not exist; {REMEDY}.") from error
-    except OSError as error:
-        raise TokenizerError(f"The tokenizer {path} cannot be read ({error.strerror}); {REMEDY}.") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise TokenizerError(f"The tokenizer {path} cannot be read ({reason}); {REMEDY}.") from error
     fault = _fault(model)
     if fault:
         raise _wrong(path, fault)
