@@ -209,14 +209,14 @@ def test_weights_that_give_no_numbers_end_in_a_sentence(tiny_model_dir: Path, ro
     model = visualglm.load(tiny_model_dir, device="cpu")
     weight = cast(TorchBackend, model.backend).model.text.norm.weight
     weight[0] = torch.nan
-    with pytest.raises(VisualGLMError, match="not a finite number, as happens when float16 overflows"):
+    with pytest.raises(VisualGLMError, match="not a finite number: in float16 numbers overflowed"):
         model.generate_ids(*rows.batch(), max_new_tokens=2, **options)
 
 
 def test_float16_that_overflows_ends_in_the_same_sentence(tiny_model_dir: Path, rows: Rows):
     model = visualglm.load(tiny_model_dir, device="cpu", dtype="float16")
     cast(TorchBackend, model.backend).model.text.lm_head.weight *= 60000
-    with pytest.raises(VisualGLMError, match="load it in bfloat16 or float32"):
+    with pytest.raises(VisualGLMError, match="load it in bfloat16;"):
         model.generate_ids(*rows.alone()[1], max_new_tokens=2)
 
 
