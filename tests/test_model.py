@@ -146,6 +146,11 @@ def test_replies_count_tokens(model: VisualGLM, pairs):
         (["image.png"], {}, r"Row 1 of the batch is not a pair; give \(image, question\), with None for no image\."),
         ([(None, "a"), (None, "b", "c")], {}, r"Row 2 of the batch is not a pair"),
         ([(None, "a"), (None, "")], {}, r"The question is empty"),
+        ([(None, "a")], {"batch_size": "a"}, r"batch_size is 'a', but must be a whole number; give 1 or more\."),
+        ([(None, "a")], {"batch_size": 1.5}, r"batch_size is 1\.5, but must be a whole number"),
+        ([(None, "a")], {"batch_size": None}, r"batch_size is None, but must be a whole number"),
+        (None, {}, r"The batch must be a list of \(image, question\) pairs, not NoneType; give such a list\."),
+        (5, {}, r"The batch must be a list of \(image, question\) pairs, not int"),
     ],
 )
 def test_batches_that_cannot_be(model: VisualGLM, pairs: Any, options: dict[str, Any], message: str):
@@ -186,6 +191,7 @@ def test_a_question_that_does_not_fit(model: VisualGLM):
     ("options", "error", "message"),
     [
         ({"language": "fr"}, PromptError, "The language 'fr' is unknown; give auto, zh or en"),
+        ({"language": ["a"]}, PromptError, r"The language \['a'\] is unknown; give auto, zh or en"),
         ({"history": "before"}, PromptError, "The history is not a list"),
         ({"history": [("a", "b", "c")]}, PromptError, "Entry 1 of the history is not a pair of texts"),
         ({"beams": 2}, ConfigError, "The generation option beams is unknown"),
@@ -197,7 +203,13 @@ def test_questions_that_cannot_be_put(model: VisualGLM, options: dict[str, Any],
         model.ask(None, QUESTION, **SHORT, **options)
 
 
-@pytest.mark.parametrize("question", ["", " \n\t", None, 5])
+@pytest.mark.parametrize(("question", "kind"), [(5, "int"), (b"What?", "bytes")])
+def test_a_question_that_is_no_text(model: VisualGLM, question: Any, kind: str):
+    with pytest.raises(PromptError, match=f"The question must be text, not {kind}; write what you want to know"):
+        model.ask(None, question)
+
+
+@pytest.mark.parametrize("question", ["", " \n\t", None])
 def test_no_question(model: VisualGLM, question: Any):
     with pytest.raises(PromptError, match=r"The question is empty; write what you want to know\."):
         model.ask(None, question)

@@ -15,6 +15,7 @@ from PIL import Image
 from visualglm.backends.base import Backend, ImageEmbeds
 from visualglm.config import VisualGLMConfig
 from visualglm.errors import ImageError, PromptError, TokenizerError
+from visualglm.faults import brief
 from visualglm.generation.config import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
 from visualglm.generation.decoding import Decoding, generate_ids
 from visualglm.generation.text import AnswerStream, answer_pieces
@@ -148,8 +149,14 @@ class VisualGLM:
         **generation: Any,
     ) -> list[Reply]:
         """As `ask_batch`, with the token counts of each answer."""
+        if not isinstance(batch_size, int | np.integer):
+            raise PromptError(f"batch_size is {brief(batch_size)}, but must be a whole number; give 1 or more.")
         if batch_size < 1:
             raise PromptError(f"batch_size is {batch_size}, but a batch has at least one row; give 1 or more.")
+        if not isinstance(pairs, Iterable):
+            raise PromptError(
+                f"The batch must be a list of (image, question) pairs, not {type(pairs).__name__}; give such a list."
+            )
         config = GenerationConfig.from_options(**generation)
         rows = [_pair(row, number) for number, row in enumerate(pairs, 1)]
         prompts = [

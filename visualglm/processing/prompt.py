@@ -9,6 +9,7 @@ from typing import Literal
 
 from visualglm.config import VisualGLMConfig
 from visualglm.errors import PromptError
+from visualglm.faults import brief
 from visualglm.processing.tokenizer import Tokenizer
 
 Language = Literal["auto", "zh", "en"]
@@ -48,8 +49,8 @@ def template_for(question: str, language: Language = "auto") -> Template:
     """The template of `language`; "auto" takes the Chinese one if the question holds a Chinese character."""
     if language == "auto":
         return TEMPLATES["zh" if _CJK.search(question) else "en"]
-    if language not in TEMPLATES:
-        raise PromptError(f"The language {language!r} is unknown; give auto, {' or '.join(TEMPLATES)}.")
+    if not isinstance(language, str) or language not in TEMPLATES:
+        raise PromptError(f"The language {brief(language)} is unknown; give auto, {' or '.join(TEMPLATES)}.")
     return TEMPLATES[language]
 
 
@@ -97,7 +98,9 @@ def build_prompt(
 
 
 def _check(question: str, history: Sequence[Turn], max_new_tokens: int) -> None:
-    if not isinstance(question, str) or not question.strip():
+    if question is not None and not isinstance(question, str):
+        raise PromptError(f"The question must be text, not {type(question).__name__}; write what you want to know.")
+    if not question or not question.strip():
         raise PromptError("The question is empty; write what you want to know.")
     if isinstance(history, str) or not isinstance(history, Sequence):
         raise PromptError("The history is not a list; give a list of (question, answer) pairs.")
