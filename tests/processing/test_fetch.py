@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import socket
 import threading
 import time
+import urllib.error
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
@@ -152,3 +154,18 @@ def test_a_slow_server_is_left(server):
 )
 def test_public_addresses(address, public):
     assert fetch_module.is_public(address) is public
+
+
+@pytest.mark.parametrize(
+    "url", [f"http://{'a' * 70}.example/a.png", "http://a..b/a.png", "http://a:b/", "http://[::1/a"]
+)
+def test_addresses_that_cannot_be(url: str):
+    with pytest.raises(ImageError, match=r"was not fetched \(.*\); check the URL\.$") as caught:
+        load_image(url, allow_urls=True)
+    assert "codec" not in str(caught.value)
+
+
+def test_the_reasons_of_the_system_are_told_without_its_numbers():
+    reason = fetch_module._reason
+    assert reason(urllib.error.URLError(socket.gaierror(-2, "Name or service not known"))) == "its host is not known"
+    assert reason(urllib.error.URLError(ConnectionRefusedError(111, "Connection refused"))) == "Connection refused"

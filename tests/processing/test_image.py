@@ -280,6 +280,10 @@ def test_other_sources_are_refused():
     assert "empty" in refusal("data:image/png;base64,")
 
 
+def test_an_empty_path_is_called_so():
+    assert refusal("") == "The path of the image is empty; give the path of one image."
+
+
 def test_addresses_are_not_opened():
     for url in ("http://127.0.0.1/a.png", "HTTPS://example.com/a.png"):
         assert "URLs are not allowed" in refusal(url)

@@ -41,10 +41,22 @@ def fetch(url: str, max_bytes: int, max_seconds: float) -> bytes:
         raise ImageError(f"The image at {url[:200]} was not fetched (HTTP {error.code}); check the URL.") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         late = time.monotonic() >= deadline
-        reason = f"no answer within {max_seconds:g} s" if late else getattr(error, "reason", error)
+        reason = f"no answer within {max_seconds:g} s" if late else _reason(error)
         raise ImageError(f"The image at {url[:200]} was not fetched ({reason}); check the URL.") from error
     finally:
         hang_up.cancel()
+
+
+def _reason(error: Exception) -> object:
+    """What went wrong, without the numbers and the codecs of the system."""
+    cause = getattr(error, "reason", error)
+    if isinstance(error, UnicodeError):
+        return "its host or its path is not one of the Internet"
+    if isinstance(cause, socket.gaierror):
+        return "its host is not known"
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return cause
 
 
 def is_public(address: str) -> bool:

@@ -77,6 +77,8 @@ def load_image(source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS, *, all
         return _decode(_url_bytes(source, scheme[1], limits, allow_urls), f"The image at {_short(source)}", limits)
     if isinstance(source, str | os.PathLike):
         path = os.fsdecode(source)
+        if not path:
+            raise ImageError("The path of the image is empty; give the path of one image.")
         return _decode(_file_bytes(path, limits), f"The image {_short(path)}", limits)
     raise ImageError(
         f"An image cannot be made from {type(source).__name__}; "
