@@ -22,7 +22,7 @@ def test_help_shows_all_commands_and_imports_none(tmp_path: Path):
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert all(f"  {name} " in out for name in COMMANDS)
-    assert out.splitlines()[-1] == "['visualglm.cli.main', 'visualglm.cli.table']"
+    assert out.splitlines()[-1] == "['visualglm.cli.output', 'visualglm.cli.main', 'visualglm.cli.table']"
 
 
 def test_version(invoke: Invoke):

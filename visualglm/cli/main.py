@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import sys
@@ -10,12 +9,11 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
+from visualglm.cli.output import DISK_FULL, discard, print_error, print_note
 from visualglm.errors import VisualGLMError
 
 EXIT_ERROR, EXIT_FAULT, EXIT_INTERRUPTED = 1, 70, 130
 DEBUG_VARIABLE = "VISUALGLM_DEBUG"
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main() -> None:
@@ -28,6 +26,9 @@ def run(arguments: Sequence[str]) -> int | str | None:
     if not (sys.warnoptions or os.environ.get(DEBUG_VARIABLE)):
         # Those of libraries: nothing a user could act on.
         warnings.simplefilter("ignore")
+    if not _has_output():
+        print_error("There is no stdout for results; run the command without closing it.")
+        return EXIT_ERROR
     if isinstance(sys.stdout, io.TextIOWrapper):
         # An old terminal may not have the characters of an answer: better spelled out than a crash.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -36,15 +37,25 @@ def run(arguments: Sequence[str]) -> int | str | None:
     except KeyboardInterrupt:
         return _interrupted()
     except BrokenPipeError:
-        _discard_output()
+        discard(sys.stdout)
         return EXIT_ERROR
     except (VisualGLMError, OSError) as error:
         if isinstance(error, OSError):
-            _discard_output()
+            discard(sys.stdout)
         return _fail(_sentence(error), EXIT_ERROR)
     except Exception as error:
         remedy = f"set {DEBUG_VARIABLE}=1 to see where, and report it"
         return _fail(f"This is a fault in the program ({type(error).__name__}: {error}); {remedy}.", EXIT_FAULT)
+
+
+def _has_output() -> bool:
+    """Whether stdout is open; a stream that is closed must not become that of the next file to be opened."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    return sys.stdout is not None
 
 
 def _run_command(arguments: Sequence[str]) -> int | str | None:
@@ -62,17 +73,17 @@ def _run_command(arguments: Sequence[str]) -> int | str | None:
 
 
 def _interrupted() -> int:
-    print("visualglm: interrupted", file=sys.stderr)
+    print_note("visualglm: interrupted")
     return EXIT_INTERRUPTED
 
 
 def _sentence(error: VisualGLMError | OSError) -> str:
     if isinstance(error, VisualGLMError):
         return str(error)
-    what = str(error.filename or "the output")
-    if error.errno in _FULL:
+    if error.errno in DISK_FULL:
+        what = error.filename or "the output"
         return f"The disk is full, {what} could not be written; make room and try again."
-    return f"{what[0].upper()}{what[1:]} cannot be read or written ({error.strerror or error})."
+    return f"{error.filename or 'The output'} cannot be read or written ({error.strerror or error})."
 
 
 def _fail(sentence: str, exit_code: int) -> int:
@@ -80,18 +91,3 @@ def _fail(sentence: str, exit_code: int) -> int:
         traceback.print_exc()
     print_error(sentence)
     return exit_code
-
-
-def print_error(sentence: object) -> None:
-    """An error as every command tells it: one line on stderr."""
-    line = "".join(character if character.isprintable() else " " for character in str(sentence))
-    print(f"visualglm: error: {line}", file=sys.stderr)
-
-
-def _discard_output() -> None:
-    """Send what is still buffered for stdout nowhere, so that the interpreter does not fail on it again."""
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):
-        # stdout is no file of the system, as in tests.
-        return

@@ -22,6 +22,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from visualglm.cli.output import harmless, print_note
+
 Report = Callable[[int, int], None]
 """Called with what is done and with what there is in all."""
 
@@ -48,7 +50,7 @@ class Messages:
     def tell(self, text: str) -> None:
         """One note, on a line of its own."""
         if not self._quiet:
-            print(text, file=sys.stderr)
+            print_note(text)
 
     def byte_progress(self, title: str) -> AbstractContextManager[Report]:
         """Shows how many bytes are done, how fast, and how long the rest takes."""
@@ -93,7 +95,7 @@ def print_table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> No
         console.width = _UNWRAPPED
     table = Table(*header, box=None, show_header=bool(header), pad_edge=False)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(harmless(cell, sys.stdout) for cell in row))
     with console.capture() as captured:
         console.print(table)
     for line in captured.get().splitlines():

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from typer import Option
+from typer.models import ParameterInfo
 
 from visualglm.generation.config import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
 from visualglm.processing.image import DEFAULT_LIMITS, ImageLimits
@@ -115,6 +116,11 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
         for option in (_options(groups[name]) if name in groups else [parameter.replace(annotation=hints[name])])
     ]
     parameters = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters]
+    for parameter in parameters:
+        for given in get_args(parameter.annotation)[1:]:
+            if isinstance(given, ParameterInfo):
+                # Typer would explain how to use the command; what reads the path says it in a sentence.
+                given.readable = False
     call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call

@@ -7,11 +7,16 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 
+from visualglm.cli.output import print_note
+from visualglm.errors import DataError
+
 PROMPT = "> "
 
 
 def read_questions() -> Iterator[str]:
     """Lines without surrounding blanks, empty ones left out, up to the end of input or Ctrl-C twice at the prompt."""
+    if sys.stdin is None:
+        raise DataError("There is no stdin to read questions from; run the command without closing it.")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     lines = _typed_lines(_reader()) if sys.stdin.isatty() else sys.stdin
@@ -24,10 +29,10 @@ def _typed_lines(read_line: Callable[[], str]) -> Iterator[str]:
         try:
             line = read_line()
         except EOFError:
-            print(file=sys.stderr)
+            print_note()
             return
         except KeyboardInterrupt:
-            print("\n(once more to leave)" if not interrupted else "", file=sys.stderr)
+            print_note("\n(once more to leave)" if not interrupted else "")
             if interrupted:
                 return
             interrupted = True
@@ -47,7 +52,7 @@ def _reader() -> Callable[[], str]:
 
 
 def _read_line_after_prompt() -> str:
-    print(PROMPT, end="", file=sys.stderr, flush=True)
+    print_note(PROMPT, end="")
     line = sys.stdin.readline()
     if not line:
         raise EOFError

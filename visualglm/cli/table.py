@@ -20,7 +20,7 @@ COMMANDS = {
     "convert": "Convert a checkpoint: SAT, Hugging Face or model directory, in any direction.",
     "check": "Check a model: files, hashes, tensors, tokenizer, memory.",
     "info": "Show version, machine, devices, and what a model is.",
-    "train-builtin": "Train the built-in model from nothing.",
+    "train-builtin": 'Train the built-in model from nothing; needs the extra "train".',
     "bench": "Measure speed and memory of a model on this machine.",
 }
 

@@ -9,6 +9,10 @@ from typer import Argument, Option
 
 from visualglm.cli.messages import Messages
 from visualglm.cli.options import Quiet
+from visualglm.errors import ConfigError
+
+# What the extra "train" adds.
+_NEEDED = ("yaml", "matplotlib", "torch")
 
 
 def train_builtin(
@@ -20,15 +24,20 @@ def train_builtin(
     ] = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Train the built-in model; goes on from the newest checkpoint in OUT.
+    """Train the built-in model (needs the extra "train"); goes on from the newest checkpoint in OUT.
 
     On several cores or cards: torchrun --nproc_per_node 4 -m visualglm.cli train-builtin RECIPE OUT.
     """
-    from visualglm.training.builtin import read_recipe, train
-
     messages = Messages(quiet)
-    chosen = read_recipe(recipe)
-    with messages.row_progress("training") as report:
-        directory = train(chosen, output, workers=workers, device=device, report=report, tell=messages.tell)
+    try:
+        from visualglm.training.builtin import read_recipe, train
+
+        chosen = read_recipe(recipe)
+        with messages.row_progress("training") as report:
+            directory = train(chosen, output, workers=workers, device=device, report=report, tell=messages.tell)
+    except ModuleNotFoundError as error:
+        if error.name not in _NEEDED:
+            raise
+        raise ConfigError(f"Training needs {error.name}; `pip install 'visualglm[train]'` adds it.") from error
     if directory is not None:
         messages.tell(f"The model is in {directory}; `visualglm ask --model {directory}` asks it.")
