@@ -110,7 +110,7 @@ def test_json_lines(invoke: Invoke, tiny_model_dir: Path, model: VisualGLM, tmp_
 
 def test_strict(invoke: Invoke, tiny_model_dir: Path, tmp_path: Path):
     source = write(tmp_path / "in.jsonl", [{"image": "missing.png"}])
-    caption = ("caption", source, "-o", tmp_path / "out.jsonl", "-m", tiny_model_dir, "--strict")
+    caption = ("caption", source, "-o", tmp_path / "out.jsonl", "-m", tiny_model_dir, *SHORT, "--strict")
     assert invoke(*caption).code == 1
     assert invoke(*caption).code == 1, "the error of the run before counts too"
 

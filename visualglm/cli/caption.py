@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Exit, Option
 
+from visualglm.checkpoint.model_dir import ModelDirectory
 from visualglm.cli.captioner import Captioner
 from visualglm.cli.loading import load_directory, open_directory
 from visualglm.cli.messages import Messages
 from visualglm.cli.options import GenerationOptions, ImageOptions, ModelOptions
-from visualglm.cli.row_log import RowLog
+from visualglm.cli.row_log import RowLog, sidecar_of
 from visualglm.cli.rows import Rows, read_rows
-from visualglm.errors import DataError
+from visualglm.errors import ConfigError, DataError
 
 DEFAULT_PROMPT = "描述这张图片。"
 
@@ -23,7 +25,7 @@ def caption(
     source: Annotated[Path, Argument(metavar="INPUT", help="A folder of images, or a JSONL file.")],
     output: Annotated[Path, Option("--output", "-o", metavar="FILE", help="JSONL file that the answers go to.")],
     prompt: Annotated[str, Option(metavar="TEXT", help="For rows without a prompt of their own.")] = DEFAULT_PROMPT,
-    batch_size: Annotated[int, Option(metavar="N", min=1, help="Rows answered at once.")] = 16,
+    batch_size: Annotated[int, Option(metavar="N", min=1, max=65_536, help="Rows answered at once.")] = 16,
     recursive: Annotated[bool, Option("--recursive", "-r", help="Look into the folders of INPUT too.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Begin anew instead of going on.")] = False,
     strict: Annotated[bool, Option("--strict", help="Exit with 1 if a row has an error.")] = False,
@@ -39,12 +41,18 @@ def caption(
     """
     messages = Messages(options.quiet)
     generation.config()
+    _check_output(output, source)
     rows = read_rows(source, prompt, recursive=recursive)
-    if output.exists() and output.samefile(source):
-        raise DataError(f"{output} is the input; give another --output.")
     directory = open_directory(options.model, messages)
-    origin = {"model": directory.fingerprint, **generation.keywords()}
+    origin = {
+        "model": directory.fingerprint,
+        "backend": options.backend,
+        "dtype": options.dtype,
+        **generation.keywords(),
+        **asdict(images),
+    }
     with RowLog(output, origin, overwrite=overwrite) as log:
+        _check_window(directory, generation)
         failed = log.resume(row.named() for row in rows)
         if failed:
             messages.tell(f"{output} has {len(failed):,} of {len(rows):,} rows already")
@@ -54,6 +62,23 @@ def caption(
     messages.tell(f"{output}: {len(rows):,} rows, {sum(failed):,} with an error")
     if strict and any(failed):
         raise Exit(1)
+
+
+def _check_output(output: Path, source: Path) -> None:
+    if output.name in ("", "-"):
+        raise DataError("The answers go to a file, so that they can be gone on with; give its name as --output.")
+    for written in (output, sidecar_of(output)):
+        if written.exists() and source.exists() and written.samefile(source):
+            raise DataError(f"{written} is the input; give another --output.")
+
+
+def _check_window(directory: ModelDirectory, generation: GenerationOptions) -> None:
+    window = directory.config.text.max_sequence_length
+    if generation.max_new_tokens >= window:
+        raise ConfigError(
+            f"--max-new-tokens is {generation.max_new_tokens:,}, but the model's window of {window:,} tokens has to "
+            "hold the question too; give less."
+        )
 
 
 def _answer_rest(

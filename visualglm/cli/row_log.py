@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -14,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from visualglm.checkpoint.files import write_file
+from visualglm.cli.output import DISK_FULL
 from visualglm.errors import DataError
 
 if sys.platform != "win32":
@@ -21,8 +21,7 @@ if sys.platform != "win32":
 
 Values = Mapping[str, Any]
 
-_VERSION = 1
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_VERSION = 2
 _ELSE = "give another --output, or --overwrite to begin anew"
 
 
@@ -30,16 +29,18 @@ class RowLog:
     """The file `path`, and beside it `path`.meta.json with `origin`: what all of its rows are made with.
 
     With `overwrite` it begins anew, but not before there are rows to append. Raises `DataError` if the file is in use,
-    cannot be written, or its rows were made with something else.
+    cannot be written, its rows were made with something else, or a file of another kind has the name of the second.
     """
 
     def __init__(self, path: Path, origin: Values, *, overwrite: bool = False) -> None:
         self.path = path
-        self._sidecar = path.with_name(f"{path.name}.meta.json")
-        self._origin: dict[str, Any] = json.loads(json.dumps({"version": _VERSION, **origin}))
-        if path.exists() and not path.is_file():
+        if not path.name or (path.exists() and not path.is_file()):
             raise DataError(f"{path} is no regular file; give the name of a file as --output.")
+        self._sidecar = sidecar_of(path)
+        self._origin: dict[str, Any] = json.loads(json.dumps({"version": _VERSION, **origin}))
         with self._writing():
+            self._check_sidecar()
+            self._is_new = not path.exists()
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
             try:
                 self._lock()
@@ -56,10 +57,14 @@ class RowLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        is_empty = not self._size()
-        self._file.close()
-        if is_empty:
-            self.path.unlink(missing_ok=True)
+        try:
+            if self._is_new and not self._size():
+                if sys.platform == "win32":
+                    self._file.close()
+                # Before another process can lock it; and a link stays, as it was not made here.
+                self.path.resolve().unlink(missing_ok=True)
+        finally:
+            self._file.close()
 
     def resume(self, expected: Iterable[Values]) -> list[bool]:
         """Compare the rows there are with those `expected`, which they hold and add to; cut off a torn last line.
@@ -96,13 +101,16 @@ class RowLog:
                 raise
 
     def _begin(self) -> None:
-        # The old sidecar goes first: old rows must not be taken for new ones.
-        self._sidecar.unlink(missing_ok=True)
-        self._file.truncate(0)
         temporary = self._sidecar.with_name(f".{self._sidecar.name}.tmp")
         temporary.unlink(missing_ok=True)
-        write_file(temporary, [json.dumps(self._origin, ensure_ascii=False, indent=2).encode()])
-        os.replace(temporary, self._sidecar)
+        try:
+            write_file(temporary, [json.dumps(self._origin, ensure_ascii=False, indent=2).encode()])
+            # The old sidecar goes before the rows: old ones must not be taken for new ones.
+            self._sidecar.unlink(missing_ok=True)
+            self._file.truncate(0)
+            os.replace(temporary, self._sidecar)
+        finally:
+            temporary.unlink(missing_ok=True)
         self._begun = True
 
     def _lock(self) -> None:
@@ -116,6 +124,19 @@ class RowLog:
         except OSError:
             # A file system without locks, as networks have them.
             return
+        if not os.fstat(self._file.fileno()).st_nlink:
+            raise DataError(f"Another process has just removed {self.path}; try again.")
+
+    def _check_sidecar(self) -> None:
+        """A file that is no sidecar must not be replaced by one."""
+        if not self._sidecar.exists():
+            return
+        found = _parse(self._sidecar.read_bytes()) if self._sidecar.is_file() else None
+        if found is None or "version" not in found:
+            raise DataError(
+                f"{self._sidecar} would be replaced, but it does not belong to {self.path}; "
+                "move it away, or give another --output."
+            )
 
     def _check_origin(self) -> None:
         found = _parse(self._sidecar.read_bytes()) if self._sidecar.is_file() else None
@@ -147,9 +168,14 @@ class RowLog:
             yield
         except OSError as error:
             remedy = "check the folder, or give another --output"
-            if error.errno in _FULL:
+            if error.errno in DISK_FULL:
                 remedy = "what is in it is whole; make room, and the same command goes on"
             raise DataError(f"{self.path} cannot be written ({error.strerror}); {remedy}.") from error
+
+
+def sidecar_of(path: Path) -> Path:
+    """The file beside `path` that tells what its rows are made with."""
+    return path.with_name(f"{path.name}.meta.json")
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
