@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import visualglm
-from tests.cli.program import Invoke, change_config
+from tests.cli.program import Invoke, change_config, replace_file
 from visualglm.checkpoint.model_dir import open_model_directory
 from visualglm.checkpoint.weights_license import WEIGHTS_LICENSE
 
@@ -150,6 +150,20 @@ def test_check_without_a_manifest_and_without_a_configuration(invoke: Invoke, ow
     outcome = invoke("check", own_model_dir)
     assert outcome.code == 1 and "–  the rest" in outcome.out
     assert "does not exist" in invoke("check", own_model_dir / "nothing").error
+
+
+def test_check_of_a_manifest_that_lists_nothing(invoke: Invoke, own_model_dir: Path):
+    manifest = json.loads((own_model_dir / "manifest.json").read_text())
+    (own_model_dir / "manifest.json").write_text(json.dumps(manifest | {"files": {}}))
+    outcome = invoke("check", own_model_dir)
+    assert outcome.code == 1 and marks(outcome.out)["all listed"] == "✗"
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"", b" \n"], ids=repr)
+def test_info_with_a_damaged_licence(text: bytes, invoke: Invoke, own_model_dir: Path):
+    replace_file(own_model_dir, "WEIGHTS_LICENSE.txt", text)
+    outcome = invoke("info", own_model_dir)
+    assert (outcome.code, outcome.err) == (0, "") and "licence" in outcome.out
 
 
 def test_check_of_foreign_checkpoints(invoke: Invoke, tiny_model_dir: Path, sat: Path, tmp_path: Path):

@@ -15,7 +15,7 @@ from visualglm.checkpoint.foreign import TOKENIZER as FOREIGN_TOKENIZER
 from visualglm.checkpoint.foreign_config import HF_CONFIG, SAT_CONFIG
 from visualglm.checkpoint.hf import read_hf
 from visualglm.checkpoint.manifest import MANIFEST, FileRecord, Manifest
-from visualglm.checkpoint.model_dir import CONFIG, TOKENIZER, read_weights
+from visualglm.checkpoint.model_dir import CONFIG, TOKENIZER, open_model_directory, read_weights
 from visualglm.checkpoint.progress import ByteProgress
 from visualglm.checkpoint.sat import read_sat
 from visualglm.cli.messages import Messages, print_table
@@ -120,6 +120,9 @@ def _check_model_directory(path: Path, findings: Findings, messages: Messages) -
     findings.attempt(
         "tensors", partial(read_weights, path, config), lambda tensors: f"{len(tensors):,}, all of the right shape"
     )
+    if not findings.is_bad:
+        # Without files in the manifest, all that it lists is right, and nothing was checked.
+        findings.attempt("all listed", partial(open_model_directory, path), lambda _: f"{MANIFEST} lists all it needs")
     _check_use(path / TOKENIZER, config, findings)
 
 

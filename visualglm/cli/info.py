@@ -14,7 +14,7 @@ import psutil
 from typer import Argument
 
 from visualglm import __version__
-from visualglm.checkpoint.model_dir import LICENSE, ModelDirectory, open_model_directory
+from visualglm.checkpoint.model_dir import ModelDirectory, open_model_directory
 from visualglm.cli.messages import print_table
 from visualglm.config import VisualGLMConfig
 from visualglm.loading import BUILTIN_NOTICE, builtin_path
@@ -76,8 +76,7 @@ def _torch() -> list[Row]:
 
 def _model(directory: ModelDirectory, *, is_builtin: bool) -> list[Row]:
     config, manifest = directory.config, directory.manifest
-    license_path = directory.path / LICENSE
-    license_text = license_path.read_text("utf-8").strip() if license_path.is_file() else "none is given"
+    license_text = (directory.checkpoint.license_text or "").strip() or "none is given"
     return [
         ("model", str(directory.path)),
         *([("", BUILTIN_NOTICE)] if is_builtin else []),
