@@ -38,6 +38,7 @@ def conversation(model: VisualGLM, image: Path | None, *questions: str) -> list[
         ("stop it", None),
         ("What is :image?", None),
         (":)", None),
+        (":save it", (":save", "it")),
         ("/etc/passwd", None),
     ],
 )
@@ -82,6 +83,12 @@ def test_dropped_turns_are_told(invoke: Invoke, tiny_model_dir: Path, model: Vis
     outcome = invoke("chat", "-m", tiny_model_dir, "--max-new-tokens", 20, stdin=f"{long}\n" * 4)
     assert "(the model's window is full; oldest turns forgotten: 1)" in outcome.err
     assert outcome.code == 0 and len(outcome.out.splitlines()) >= 4
+
+
+def test_unknown_commands_are_told(invoke: Invoke, tiny_model_dir: Path):
+    outcome = invoke("chat", "-m", tiny_model_dir, stdin=":save it\n")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "There is no command :save; the commands are :image, :clear, :help, :quit." in outcome.err
 
 
 def test_bad_image_at_the_start(invoke: Invoke, tiny_model_dir: Path):

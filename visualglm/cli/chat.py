@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import Annotated
 
@@ -11,11 +12,11 @@ from typer import Exit, Option
 from visualglm.backends.base import ImageEmbeds
 from visualglm.cli.answers import shown
 from visualglm.cli.loading import load_model
-from visualglm.cli.main import print_error
 from visualglm.cli.messages import Messages
 from visualglm.cli.options import GenerationOptions, ImageOptions, ModelOptions
+from visualglm.cli.output import print_error, print_note
 from visualglm.cli.questions import read_questions
-from visualglm.errors import VisualGLMError
+from visualglm.errors import PromptError, VisualGLMError
 from visualglm.model import VisualGLM
 from visualglm.processing.image import load_image
 from visualglm.processing.prompt import Turn
@@ -30,6 +31,7 @@ Ctrl-C stops an answer; at the prompt, twice leaves."""
 # Words of the original program, alone on a line.
 _PLAIN_WORDS = {"clear": ":clear", "stop": ":quit", "quit": ":quit", "exit": ":quit"}
 _COMMANDS = (":image", ":clear", ":help", ":quit")
+_COMMAND = re.compile(r":[A-Za-z]\w*")
 Command = tuple[str, str]
 
 
@@ -46,6 +48,7 @@ def chat(
     """
     messages = Messages(options.quiet)
     generation.config()
+    questions = read_questions()
     picture = None if image is None else load_image(image, images.limits(), allow_urls=images.allow_urls)
     model = load_model(options, images, messages)
     conversation = Conversation(model, generation, messages)
@@ -53,7 +56,7 @@ def chat(
     if sys.stdin.isatty():
         messages.tell("Type a question, or :help.")
     failed = False
-    for line in read_questions():
+    for line in questions:
         command = command_in(line)
         if command and command[0] == ":quit":
             break
@@ -83,7 +86,7 @@ def command_in(line: str) -> Command | None:
     """The command that a typed line is, and what follows it; None if the line is a question."""
     name, _, rest = line.partition(" ")
     name = _PLAIN_WORDS.get(line, name)
-    return (name, rest.strip()) if name in _COMMANDS else None
+    return (name, rest.strip()) if _COMMAND.fullmatch(name) else None
 
 
 class Conversation:
@@ -110,7 +113,9 @@ class Conversation:
                 self.history.append((question, "".join(pieces)))
 
     def obey(self, command: str, rest: str) -> None:
-        """Do what a command says; raises `ImageError`."""
+        """Do what a command says; raises `ImageError`, and `PromptError` if there is no such command."""
+        if command not in _COMMANDS:
+            raise PromptError(f"There is no command {command}; the commands are {', '.join(_COMMANDS)}.")
         if command == ":image":
             self.embeds = self._model.encode_image(_typed_path(rest)) if rest else None
             self.history.clear()
@@ -119,7 +124,7 @@ class Conversation:
             self.history.clear()
             self._messages.tell("What was said is forgotten.")
         else:
-            print(HELP, file=sys.stderr)
+            print_note(HELP)
 
     def _drop_what_does_not_fit(self, question: str) -> None:
         prompt = self._model.prompt(
