@@ -36,6 +36,8 @@ IGNORED_LABEL = -100
 HELD_OUT_SEEDS = 1 << 40  # scenes from this seed on are never trained on
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MAX_CHARACTERS = 4
+# Comparing and counting are learned last: they are asked more often than the rest.
+_ASKED_KINDS = (*KINDS[1:], "count", "compare", "compare")
 _LONGEST_ANSWER = 64
 
 Ints = NDArray[np.int64]
@@ -127,7 +129,7 @@ class SceneBatches:
         return tuple(self._pad(rows[start:stop]) for start, stop in pairwise(cuts))
 
     def _scene_rows(self, scene: Scene, index: int, rng: np.random.Generator) -> list[_Row]:
-        kinds = ["describe", *rng.choice(KINDS[1:], self.plan.questions - 1)]
+        kinds = ["describe", *rng.choice(_ASKED_KINDS, self.plan.questions - 1)]
         rows = []
         for kind in kinds:
             language = LANGUAGES[int(rng.integers(2))]
