@@ -13,6 +13,7 @@ _MUST_BE = {
     "less_than_equal": "at most {le:,}",
     "finite_number": "a finite number",
     "literal_error": "{expected}",
+    "too_long": "at most {max_length} values",
 }
 # The first words of the types of fault; of each there are several, such as int_type and int_parsing.
 _KINDS = {
@@ -23,14 +24,16 @@ _KINDS = {
     "tuple": "a list",
     "dict": "a table of names and values",
     "model": "a table of names and values",
+    "dataclass": "a table of names and values",
 }
+_UNKNOWN_KEYS = ("extra_forbidden", "unexpected_keyword_argument", "invalid_key")
 
 
 def first_fault(error: ValidationError) -> str:
     """The first fault in `error` as a clause: "text.hidden_size is 0, but must be at least 1"."""
     fault = error.errors()[0]
-    where = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
+    where = ".".join(str(part) for part in fault["loc"]) or "it"
+    if fault["type"] in _UNKNOWN_KEYS:
         return f"the key {where} is unknown"
     if fault["type"] == "value_error":
         return fault["msg"].removeprefix("Value error, ")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,17 +72,45 @@ def test_only_the_parts_of_a_stage_learn(tmp_path: Path) -> None:
     assert changed == {"text"}
 
 
+STAGE: dict[str, Any] = {
+    "name": "see",
+    "learns": ["vision"],
+    "batches": {"scenes": 1},
+    "loop": {"total_steps": 1, "learning_rate": 1},
+}
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"sed": 1}, "sed: Extra inputs are not permitted"),
-        ({"model": {"vision": {"image_size": 113}}}, "image_size 113 is not a multiple of vision.patch_size 14"),
+        ({"sed": 1}, "the key sed is unknown."),
+        ({"seed": "x"}, "seed is 'x', but must be a whole number."),
+        ({"model": {"vision": {"image_size": 113}}}, "image_size 113 is not a multiple of vision.patch_size 14."),
+        ({"stages": [STAGE | {"learns": ["nose"]}]}, "stages.0.learns.0 is 'nose', but must be 'vision', 'qformer'"),
+        ({"stages": [STAGE | {"loop": 4}]}, "stages.0.loop is 4, but must be a table of names and values."),
+        ({"stages": [STAGE | {"loop": {}}]}, "stages.0.loop.total_steps is missing."),
+        ({"stages": [STAGE | {"loop": STAGE["loop"] | {"steps": 1}}]}, "the key stages.0.loop.steps is unknown."),
     ],
 )
 def test_faults_of_a_recipe_are_named(tmp_path: Path, change: dict[str, object], sentence: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(RECIPE.read_text()) | change))
-    with pytest.raises(ConfigError, match="recipe.yaml is not valid: .*" + sentence):
+    with pytest.raises(ConfigError, match="recipe.yaml is not valid: .*" + re.escape(sentence)):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"- 1", "is not valid: it is [1], but must be a table of names and values."),
+        (b"a: [", "cannot be read (while parsing"),
+        (b"\xff\xfe\xff", "cannot be read ('utf-8' codec"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes, sentence: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="recipe.yaml " + re.escape(sentence)):
         read_recipe(path)
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from visualglm.backends.torch.joined import VisualGLMModel
 from visualglm.config import VisualGLMConfig
 from visualglm.errors import ConfigError
+from visualglm.faults import first_fault
 from visualglm.processing.tokenizer import Tokenizer
 from visualglm.scenes.dataset import BatchPlan, Rows, SceneBatch, SceneBatches, sample_pixels
 from visualglm.scenes.teacher import SceneTeacher
@@ -70,12 +71,10 @@ def read_recipe(path: Path) -> BuiltinRecipe:
     """Raises `ConfigError` naming the first fault."""
     try:
         return BuiltinRecipe.model_validate(yaml.safe_load(path.read_text("utf-8")))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"The recipe {path} cannot be read ({error}); give a YAML file.") from error
     except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(str(part) for part in fault["loc"])
-        raise ConfigError(f"The recipe {path} is not valid: {where}: {fault['msg']}.") from error
+        raise ConfigError(f"The recipe {path} is not valid: {first_fault(error)}.") from error
 
 
 class Builtin(nn.Module):
