@@ -24,7 +24,7 @@ def convert(
     tokenizer: Annotated[
         Path | None, Option(metavar="FILE", help="ice_text.model; else the one beside the weights.")
     ] = None,
-    force: Annotated[bool, Option("--force", help="Replace OUT if it holds a checkpoint.")] = False,
+    force: Annotated[bool, Option("--force", help="Replace OUT if it holds a checkpoint and nothing else.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Convert a checkpoint: SAT, Hugging Face or model directory, in any direction.
