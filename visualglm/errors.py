@@ -1,5 +1,10 @@
 """The exceptions users meet. Each message is one sentence: the thing, the limit, the remedy."""
 
+import errno
+
+# Of an `OSError`: the disk, a quota, or what a single file may take is full.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class VisualGLMError(Exception):
     """Base of every error this package raises on purpose; the CLI prints it and exits with 1, a server answers 4xx."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from visualglm.checkpoint.tensors import PIECE_BYTES, Piece
-from visualglm.errors import CheckpointError
+from visualglm.errors import DISK_FULL, CheckpointError
 from visualglm.memory import gib
 
 if sys.platform != "win32":
@@ -245,6 +245,6 @@ def _put_in_place(partial: Path, output: Path) -> None:
 
 
 def _writing_failed(output: Path, error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in DISK_FULL:
         return f"The disk is full: {output} could not be written and nothing of it is left; make room and try again."
     return f"{output} could not be written ({error.strerror}) and nothing of it is left."

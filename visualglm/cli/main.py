@@ -9,8 +9,8 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from visualglm.cli.output import DISK_FULL, discard, print_error, print_note
-from visualglm.errors import VisualGLMError
+from visualglm.cli.output import discard, print_error, print_note
+from visualglm.errors import DISK_FULL, VisualGLMError
 
 EXIT_ERROR, EXIT_FAULT, EXIT_INTERRUPTED = 1, 70, 130
 DEBUG_VARIABLE = "VISUALGLM_DEBUG"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import sys
 from typing import TextIO
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 

@@ -13,8 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from visualglm.checkpoint.files import write_file
-from visualglm.cli.output import DISK_FULL
-from visualglm.errors import DataError
+from visualglm.errors import DISK_FULL, DataError
 
 if sys.platform != "win32":
     import fcntl
