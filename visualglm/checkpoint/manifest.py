@@ -1,11 +1,13 @@
-"""`manifest.json`: what a model directory holds, with hashes, and where it came from."""
+"""`manifest.json`: what a folder that this program made holds, with hashes, and where it came from."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
@@ -14,8 +16,9 @@ from visualglm.errors import CheckpointError
 from visualglm.faults import first_fault
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
 _FINGERPRINTED = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors")
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 Layout = Literal["thirds", "per_head"]
 """How a foreign checkpoint packs ChatGLM's q, k and v: one after the other, or head by head."""
@@ -38,19 +41,68 @@ class FileRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
     size: NonNegativeInt
 
 
-class Manifest(BaseModel):
-    """The contents of `manifest.json`."""
+@dataclass(frozen=True)
+class FolderKind:
+    """What a folder with a manifest is, and how users come by one."""
+
+    format: str | None
+    """`format` in the manifest; model directories have none."""
+    version: int
+    """The newest that this program reads."""
+    title: str
+    command: str
+    remedy: str
+
+    @property
+    def name(self) -> str:
+        """The title without its article."""
+        return self.title.partition(" ")[2]
+
+
+MODEL = FolderKind(None, 1, "a model directory", "visualglm convert", "convert the checkpoint again")
+ONNX_EXPORT = FolderKind("visualglm-onnx", 1, "an ONNX export", "visualglm export", "export the model again")
+_TITLES = {kind.format: kind.title for kind in (MODEL, ONNX_EXPORT)}
+
+
+class FolderManifest(BaseModel):
+    """What the manifests of all kinds of folders hold."""
 
     model_config = ConfigDict(frozen=True)
+    kind: ClassVar[FolderKind]
 
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     parameter_count: NonNegativeInt
     source: Source
     files: dict[str, FileRecord]
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """Raises `CheckpointError` if the file is missing, malformed, of a newer version or another kind of folder, or
+        names outside paths."""
+        values = read_json_object(path)
+        _check_kind(path.parent, values, cls.kind)
+        try:
+            manifest = cls.model_validate(values)
+        except ValidationError as error:
+            raise CheckpointError(f"{path} is not valid: {first_fault(error)}; {cls.kind.remedy}.") from error
+        outside = [name for name in manifest.files if not is_plain_name(name)]
+        if outside:
+            raise CheckpointError(f"{path} names a file outside its folder, {readable(outside[0])}; do not use it.")
+        return manifest
+
+    def to_json(self) -> bytes:
+        """As `from_file` reads it."""
+        return json.dumps(self.model_dump(), indent=2).encode()
+
+
+class Manifest(FolderManifest):
+    """The manifest of a model directory."""
+
+    kind = MODEL
 
     @property
     def fingerprint(self) -> str:
@@ -59,22 +111,18 @@ class Manifest(BaseModel):
         lines = [f"{name} {self.files[name].sha256}\n" for name in sorted(self.files) if _FINGERPRINTED.fullmatch(name)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
-    @classmethod
-    def from_file(cls, path: Path) -> Self:
-        """Raises `CheckpointError` if the file is missing, malformed, of a newer version, or names outside paths."""
-        values = read_json_object(path)
-        version = values.get("format_version")
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path.parent} has format version {version}, and this program reads up to {FORMAT_VERSION}; "
-                "install a newer visualglm."
-            )
-        try:
-            manifest = cls.model_validate(values)
-        except ValidationError as error:
-            message = f"{path} is not valid: {first_fault(error)}; convert the checkpoint again."
-            raise CheckpointError(message) from error
-        outside = [name for name in manifest.files if not is_plain_name(name)]
-        if outside:
-            raise CheckpointError(f"{path} names a file outside its folder, {readable(outside[0])}; do not use it.")
-        return manifest
+
+def _check_kind(folder: Path, values: dict[str, Any], wanted: FolderKind) -> None:
+    found = values.get("format")
+    if found != wanted.format:
+        title = _TITLES.get(found) if isinstance(found, str | None) else None
+        raise CheckpointError(
+            f"{folder} is {title or 'of an unknown kind'}, and {wanted.title} is needed; "
+            f"give one made by `{wanted.command}`."
+        )
+    version = values.get("format_version")
+    if isinstance(version, int) and version > wanted.version:
+        raise CheckpointError(
+            f"{folder} has format version {version}, and this program reads up to {wanted.version}; "
+            "install a newer visualglm."
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,17 +9,10 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
-from visualglm.checkpoint.checks import check_tensors, listed
+from visualglm.checkpoint.checks import check_tensors
 from visualglm.checkpoint.contents import Checkpoint
-from visualglm.checkpoint.files import (
-    checked_path,
-    file_pieces,
-    hash_pieces,
-    require_file,
-    require_folder,
-    staged_folder,
-    write_file,
-)
+from visualglm.checkpoint.files import checked_path, file_pieces, require_file, staged_folder, write_file
+from visualglm.checkpoint.listed_files import open_manifest, require_listed, require_sizes, verify_files
 from visualglm.checkpoint.manifest import MANIFEST, FileRecord, Manifest
 from visualglm.checkpoint.progress import ByteProgress, Report
 from visualglm.checkpoint.replaceable import require_replaceable
@@ -28,7 +20,6 @@ from visualglm.checkpoint.safetensors_file import read_safetensors, safetensors_
 from visualglm.checkpoint.shards import index_json, read_sharded, split_into_shards
 from visualglm.checkpoint.tensors import Piece, StoredTensor
 from visualglm.config import VisualGLMConfig
-from visualglm.errors import CheckpointError
 from visualglm.parameters import parameter_shapes
 
 CONFIG = "config.json"
@@ -63,14 +54,13 @@ class ModelDirectory:
     @property
     def checkpoint(self) -> Checkpoint:
         """Its contents, to be written elsewhere or in another format."""
-        license_path = self.path / LICENSE
         return Checkpoint(
             config=self.config,
             tensors=self.tensors,
             source=self.manifest.source,
             extras=self.extras,
             tokenizer_path=self.tokenizer_path,
-            license_text=license_path.read_text("utf-8", "replace") if license_path.is_file() else None,
+            license_text=license_of(self.path),
         )
 
 
@@ -81,17 +71,18 @@ def open_model_directory(path: Path | str) -> ModelDirectory:
     exactly those its configuration asks for; `ConfigError` if the configuration is not valid.
     """
     path = checked_path(path)
-    manifest = _read_manifest(path)
+    manifest = open_manifest(path, Manifest)
+    require_sizes(path, manifest)
     config = VisualGLMConfig.from_file(path / CONFIG)
     tensors = read_weights(path, config)
-    _check_listed(manifest, path, [CONFIG, *sorted({tensor.path.name for tensor in tensors.values()})])
+    require_listed(path, manifest, [CONFIG, *sorted({tensor.path.name for tensor in tensors.values()})])
     return ModelDirectory(
         path=path,
         config=config,
         manifest=manifest,
         tensors={name: tensors[name] for name in parameter_shapes(config)},
         extras=read_safetensors(path / EXTRAS) if EXTRAS in manifest.files else {},
-        tokenizer_path=_tokenizer(path),
+        tokenizer_path=tokenizer_of(path),
     )
 
 
@@ -112,16 +103,7 @@ def write_model_directory(
 
 def verify(path: Path | str, report: Report | None = None) -> Manifest:
     """Hash every file again; raises `CheckpointError` naming those that are missing or not as they were written."""
-    path = checked_path(path)
-    manifest = _read_manifest(path)
-    progress = ByteProgress(sum(record.size for record in manifest.files.values()), report)
-    hashes = progress.run(partial(hash_pieces, progress.track(file_pieces(path / name))) for name in manifest.files)
-    damaged = [
-        name for (name, record), found in zip(manifest.files.items(), hashes, strict=True) if found != record.sha256
-    ]
-    if damaged:
-        raise CheckpointError(f"{path} is damaged: {listed(damaged)} changed since it was written; convert it again.")
-    return manifest
+    return verify_files(checked_path(path), Manifest, report)
 
 
 def staged_checkpoint(path: Path | str, checkpoint: Checkpoint, *, force: bool) -> AbstractContextManager[Path]:
@@ -144,7 +126,7 @@ def fill_model_directory(folder: Path, checkpoint: Checkpoint, progress: BytePro
             for name, sha256 in zip(files, hashes, strict=True)
         },
     )
-    write_file(folder / MANIFEST, [json.dumps(manifest.model_dump(), indent=2).encode()])
+    write_file(folder / MANIFEST, [manifest.to_json()])
 
 
 def _file_contents(checkpoint: Checkpoint) -> dict[str, Iterable[Piece]]:
@@ -173,42 +155,19 @@ def _side_files(checkpoint: Checkpoint, tokenizer_name: str) -> dict[str, Iterab
     return files
 
 
-def _read_manifest(path: Path) -> Manifest:
-    """The manifest of a model directory all of whose files are there in full length."""
-    require_folder(path)
-    if not (path / MANIFEST).is_file():
-        raise CheckpointError(
-            f"{path} has no {MANIFEST}, so it is no model directory; make one with `visualglm convert`."
-        )
-    manifest = Manifest.from_file(path / MANIFEST)
-    missing = [name for name in manifest.files if not (path / name).is_file()]
-    if missing:
-        raise CheckpointError(f"{path} lacks {listed(missing)}; convert the checkpoint again.")
-    for name, record in manifest.files.items():
-        require_file(path / name)
-        size = (path / name).stat().st_size
-        if size != record.size:
-            raise CheckpointError(
-                f"{path / name} has {size:,} bytes instead of {record.size:,}: it was cut short or changed; "
-                "convert the checkpoint again."
-            )
-    return manifest
-
-
-def _check_listed(manifest: Manifest, path: Path, names: list[str]) -> None:
-    """What makes up the fingerprint must be in the manifest."""
-    unlisted = [name for name in names if name not in manifest.files]
-    if unlisted:
-        raise CheckpointError(f"{path / MANIFEST} does not list {listed(unlisted)}; convert the checkpoint again.")
-
-
-def _tokenizer(path: Path) -> Path | None:
-    """The tokenizer, which may have been added after the manifest was written."""
+def tokenizer_of(path: Path) -> Path | None:
+    """The tokenizer in a folder, which may have been added after the manifest was written."""
     tokenizer = path / TOKENIZER
     if not tokenizer.exists():
         return None
     require_file(tokenizer)
     return tokenizer
+
+
+def license_of(path: Path) -> str | None:
+    """The licence text in a folder."""
+    license_path = path / LICENSE
+    return license_path.read_text("utf-8", "replace") if license_path.is_file() else None
 
 
 def read_weights(path: Path, config: VisualGLMConfig) -> dict[str, StoredTensor]:

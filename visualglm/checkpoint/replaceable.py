@@ -1,14 +1,15 @@
-"""Which folders `--force` may delete: checkpoints of a known format that hold nothing else."""
+"""Which folders `--force` may delete: those of the wanted kind that hold nothing else."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from visualglm.checkpoint.files import read_json_object, readable
 from visualglm.checkpoint.foreign_config import HF_CONFIG, SAT_CONFIG
-from visualglm.checkpoint.manifest import MANIFEST, Manifest
+from visualglm.checkpoint.manifest import MANIFEST, FolderManifest, Manifest
 from visualglm.errors import CheckpointError
 
 _LATEST = "latest"
@@ -21,27 +22,40 @@ _HF_FILES = re.compile(rf"config\.json|{_HF_WEIGHTS.pattern}{_BESIDE}")
 
 def require_replaceable(folder: Path) -> None:
     """Raises `CheckpointError` unless `folder` is a checkpoint and every file in it belongs to one."""
+    _require_nothing_else(folder, _format_of, "checkpoint")
+
+
+def require_replaceable_as(manifest_type: type[FolderManifest], folder: Path) -> None:
+    """Raises `CheckpointError` unless `folder` has such a manifest and holds nothing but what that lists."""
+    _require_nothing_else(folder, partial(_listed_in, manifest_type), manifest_type.kind.name)
+
+
+def _require_nothing_else(folder: Path, format_of: Callable[[Path], Callable[[Path], bool]], name: str) -> None:
     try:
-        belongs = _format_of(folder)
+        belongs = format_of(folder)
         foreign = next((path for path in sorted(folder.iterdir()) if not belongs(path)), None)
     except CheckpointError as error:
-        raise CheckpointError(f"{folder} is not replaced, because it is no whole checkpoint: {error}") from error
+        raise CheckpointError(f"{folder} is not replaced, because it is no whole {name}: {error}") from error
     if foreign is not None:
-        name = readable(foreign.name)
-        raise CheckpointError(f"{folder} holds {name}, which is no part of a checkpoint; it is not replaced.")
+        entry = readable(foreign.name)
+        raise CheckpointError(f"{folder} holds {entry}, which is no part of the {name}; it is not replaced.")
 
 
 def _format_of(folder: Path) -> Callable[[Path], bool]:
     """What tells whether an entry of `folder` belongs to the checkpoint there."""
     if (folder / MANIFEST).is_file():
-        names = {*Manifest.from_file(folder / MANIFEST).files, MANIFEST, "tokenizer.model"}
-        return lambda path: path.name in names and _is_file(path)
+        return _listed_in(Manifest, folder)
     if (folder / SAT_CONFIG.file_name).is_file() and (folder / _LATEST).is_file():
         tag = _tag(folder)
         return lambda path: _matches(_SAT_FILES, path) or (path.name == tag and _holds_only_weights(path))
     if _is_hf(folder):
         return lambda path: _matches(_HF_FILES, path)
     raise CheckpointError("it has neither a manifest nor the files of a VisualGLM checkpoint.")
+
+
+def _listed_in(manifest_type: type[FolderManifest], folder: Path) -> Callable[[Path], bool]:
+    names = {*manifest_type.from_file(folder / MANIFEST).files, MANIFEST, "tokenizer.model"}
+    return lambda path: path.name in names and _is_file(path)
 
 
 def _is_hf(folder: Path) -> bool:
