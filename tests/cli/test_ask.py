@@ -194,6 +194,15 @@ def test_bad_questions_and_options(arguments: list[str], words: str, invoke: Inv
     assert words in invoke("ask", "-m", tiny_model_dir, *arguments).error
 
 
+def test_the_longest_answer_goes_by_the_window(invoke: Invoke, tiny_model_dir: Path, model: VisualGLM, picture: Path):
+    question, half_the_window = "What is in the picture?", model.config.text.max_sequence_length // 2
+    ask = ("ask", "-m", tiny_model_dir, "-i", picture, question)
+    assert invoke(*ask).out == model.ask(picture, question, max_new_tokens=half_the_window) + "\n"
+    chat = invoke("chat", "-m", tiny_model_dir, "-i", picture, stdin=question)
+    assert chat.out == invoke(*ask).out
+    assert "--max-new-tokens is 192, but the model's window of 192" in invoke(*ask, "--max-new-tokens", 192).error
+
+
 def missing_manifest(model: Path) -> None:
     (model / "manifest.json").unlink()
 

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 import visualglm
-from tests.cli.program import Invoke, draw, finish, spawn
+from tests.cli.program import Invoke, Outcome, draw, finish, spawn
 from visualglm.cli.caption import DEFAULT_PROMPT
 from visualglm.cli.main import run
 from visualglm.cli.row_log import RowLog
 from visualglm.errors import DataError
 from visualglm.model import VisualGLM
 
+WINDOW = 192
 SHORT = ("--max-new-tokens", "6")
 PICTURES = 200
 
@@ -154,6 +155,32 @@ def test_wrong_input_and_output(invoke: Invoke, tiny_model_dir: Path, picture: P
     assert "no regular file" in error(source, Path("/dev/full"))
     assert "No such file or directory" in error(source, tmp_path / "no" / "folder.jsonl")
     assert "no in.jsonl.meta.json to go on from" in error(write(tmp_path / "other.jsonl", [{"prompt": "?"}]), source)
+
+
+def test_the_longest_answer_goes_by_the_window(invoke: Invoke, tiny_model_dir: Path, model: VisualGLM, tmp_path: Path):
+    source, out = write(tmp_path / "in.jsonl", [{"prompt": "What?"}]), tmp_path / "out.jsonl"
+    invoke("caption", source, "-o", out, "-m", tiny_model_dir)
+    assert [row["answer"] for row in read(out)] == [model.ask(None, "What?", max_new_tokens=WINDOW // 2)]
+    assert json.loads((tmp_path / "out.jsonl.meta.json").read_text())["max_new_tokens"] == WINDOW // 2
+
+
+def test_what_leaves_no_row_any_room_is_told_once(invoke: Invoke, tiny_model_dir: Path, tmp_path: Path):
+    images = tmp_path / "images"
+    images.mkdir()
+    row = {"image": str(draw(images / "a.png", 1)), "prompt": "long " * 300}
+    source, out = write(tmp_path / "in.jsonl", [row, row]), tmp_path / "out.jsonl"
+
+    def caption(*arguments: object) -> Outcome:
+        return invoke("caption", *arguments, "-o", out, "-m", tiny_model_dir)
+
+    no_room = "the model's window of 192 tokens has no room for the question of any row"
+    assert f"With 180 tokens for the answer, {no_room}" in caption(source, "--max-new-tokens", 180).error
+    assert f"With 96 tokens for the answer, {no_room}" in caption(images, "--prompt", row["prompt"]).error
+    assert "the model's window of 192 tokens has to" in caption(source, "--max-new-tokens", WINDOW).error
+    assert not out.exists() and not out.with_name("out.jsonl.meta.json").exists()
+    write(source, [row, {"prompt": "?"}])
+    assert caption(source, "--max-new-tokens", 180).code == 0
+    assert ["error" in row for row in read(out)] == [True, False]
 
 
 def test_resume_refuses_what_is_not_its_own(invoke: Invoke, tiny_model_dir: Path, tmp_path: Path):

@@ -36,6 +36,7 @@ def ask(
     # What is wrong with an image is told before a large model is loaded for it.
     picture = None if image is None else load_image(image, images.limits(), allow_urls=images.allow_urls)
     model = load_model(options, images, messages)
+    generation = generation.fitted(model.config.text)
     if sys.stdout.isatty() and not as_json:
         _stream(model, picture, question, generation, messages)
     else:

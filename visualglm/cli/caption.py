@@ -9,14 +9,13 @@ from typing import Annotated
 
 from typer import Argument, Exit, Option
 
-from visualglm.checkpoint.model_dir import ModelDirectory
 from visualglm.cli.captioner import Captioner
 from visualglm.cli.loading import load_directory, open_directory
 from visualglm.cli.messages import Messages
 from visualglm.cli.options import GenerationOptions, ImageOptions, ModelOptions
 from visualglm.cli.row_log import RowLog, sidecar_of
 from visualglm.cli.rows import Rows, read_rows
-from visualglm.errors import ConfigError, DataError
+from visualglm.errors import DataError
 
 DEFAULT_PROMPT = "描述这张图片。"
 
@@ -44,6 +43,7 @@ def caption(
     _check_output(output, source)
     rows = read_rows(source, prompt, recursive=recursive)
     directory = open_directory(options.model, messages)
+    generation = generation.fitted(directory.config.text)
     origin = {
         "model": directory.fingerprint,
         "backend": options.backend,
@@ -52,13 +52,13 @@ def caption(
         **asdict(images),
     }
     with RowLog(output, origin, overwrite=overwrite) as log:
-        _check_window(directory, generation)
         failed = log.resume(row.named() for row in rows)
         if failed:
             messages.tell(f"{output} has {len(failed):,} of {len(rows):,} rows already")
         if len(failed) < len(rows):
-            model = load_directory(directory, options, images, messages)
-            failed += _answer_rest(Captioner(model, generation, images), rows, len(failed), batch_size, log, messages)
+            captioner = Captioner(load_directory(directory, options, images, messages), generation, images)
+            captioner.require_room(rows)
+            failed += _answer_rest(captioner, rows, len(failed), batch_size, log, messages)
     messages.tell(f"{output}: {len(rows):,} rows, {sum(failed):,} with an error")
     if strict and any(failed):
         raise Exit(1)
@@ -70,15 +70,6 @@ def _check_output(output: Path, source: Path) -> None:
     for written in (output, sidecar_of(output)):
         if written.exists() and source.exists() and written.samefile(source):
             raise DataError(f"{written} is the input; give another --output.")
-
-
-def _check_window(directory: ModelDirectory, generation: GenerationOptions) -> None:
-    window = directory.config.text.max_sequence_length
-    if generation.max_new_tokens >= window:
-        raise ConfigError(
-            f"--max-new-tokens is {generation.max_new_tokens:,}, but the model's window of {window:,} tokens has to "
-            "hold the question too; give less."
-        )
 
 
 def _answer_rest(

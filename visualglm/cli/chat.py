@@ -51,7 +51,7 @@ def chat(
     questions = read_questions()
     picture = None if image is None else load_image(image, images.limits(), allow_urls=images.allow_urls)
     model = load_model(options, images, messages)
-    conversation = Conversation(model, generation, messages)
+    conversation = Conversation(model, generation.fitted(model.config.text), messages)
     conversation.embeds = None if picture is None else model.encode_image(picture)
     if sys.stdin.isatty():
         messages.tell("Type a question, or :help.")

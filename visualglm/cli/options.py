@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 from typer import Option
 from typer.models import ParameterInfo
 
+from visualglm.config import TextConfig
+from visualglm.errors import ConfigError
 from visualglm.generation.config import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
 from visualglm.processing.image import DEFAULT_LIMITS, ImageLimits
 from visualglm.processing.prompt import Language
@@ -45,8 +47,13 @@ class GenerationOptions:
     """How answers are made; greedy unless told to sample."""
 
     max_new_tokens: Annotated[
-        int, Option(metavar="N", help="Longest answer in tokens.", rich_help_panel=_GENERATION)
-    ] = DEFAULT_MAX_NEW_TOKENS
+        int | None,
+        Option(
+            metavar="N",
+            help=f"Longest answer in tokens; else {DEFAULT_MAX_NEW_TOKENS}, or half the window if that is less.",
+            rich_help_panel=_GENERATION,
+        ),
+    ] = None
     temperature: Annotated[
         float | None, Option(metavar="T", help="Draw at random: 0.8 a little, 1 freely.", rich_help_panel=_GENERATION)
     ] = None
@@ -70,9 +77,25 @@ class GenerationOptions:
         Language, Option(help="Template of the prompt; auto goes by the question.", rich_help_panel=_GENERATION)
     ] = "auto"
 
+    def fitted(self, text: TextConfig) -> GenerationOptions:
+        """These options with a longest answer that fits the model's window; raises `ConfigError` if it does not."""
+        window = text.max_sequence_length
+        if self.max_new_tokens is None:
+            # Not by the question: the answer to a row must not depend on the rows beside it.
+            return replace(self, max_new_tokens=min(DEFAULT_MAX_NEW_TOKENS, window // 2))
+        if self.max_new_tokens >= window:
+            raise ConfigError(
+                f"--max-new-tokens is {self.max_new_tokens:,}, but the model's window of {window:,} tokens has to "
+                "hold the question too; give less."
+            )
+        return self
+
     def keywords(self) -> dict[str, Any]:
         """As the methods of `VisualGLM` take them."""
-        return asdict(self) | {"stop": tuple(self.stop or ())}
+        given = asdict(self) | {"stop": tuple(self.stop or ())}
+        if self.max_new_tokens is None:
+            del given["max_new_tokens"]
+        return given
 
     def config(self) -> GenerationConfig:
         """The validated options; raises `ConfigError`."""
