@@ -1,0 +1,99 @@
+"""The engines that `engines.py` compares: how each gets its model, how it is started and what a token reads."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine_process import Command
+from ggml_model import ggml_step_bytes, write_ggml
+from ggml_weights import WeightType
+from gguf_model import gguf_step_bytes, write_gguf
+from visualglm.benchmark import step_bytes, write_random_model
+from visualglm.config import VisualGLMConfig
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Rival:
+    """An engine.
+
+    write: makes its model at a path
+    step_bytes: bytes of weights that decoding one token reads
+    environment: the name of its environment under the folder of `setup_rivals.sh`; None: that of this process
+    """
+
+    name: str
+    worker: str
+    write: Callable[[Path, VisualGLMConfig], object]
+    step_bytes: Callable[[Path, VisualGLMConfig], int]
+    environment: str | None = None
+
+    def command(self, model: Path, threads: int, environments: Path) -> Command:
+        """Leaves the program if the environment is not there."""
+        python = environments / self.environment / "bin" / "python" if self.environment else Path(sys.executable)
+        if not python.exists():
+            sys.exit(f"{self.name} needs {python}; set it up with: bench/setup_rivals.sh {environments}")
+        variables = {"OMP_NUM_THREADS": str(threads)}
+        preload = python.parents[1] / "hardware_concurrency.so"
+        if preload.exists():
+            variables |= {"LD_PRELOAD": str(preload.resolve()), "HARDWARE_CONCURRENCY": str(threads)}
+        return Command([python, HERE / self.worker, model, str(threads)], variables)
+
+    def path(self, folder: Path) -> Path:
+        """Where its model lies in `folder`."""
+        return folder / self.name
+
+    def write_model(self, folder: Path, config: VisualGLMConfig) -> None:
+        """Write its model, whole or not at all."""
+        unfinished = folder / f"{self.name}.unfinished"
+        try:
+            self.write(unfinished, config)
+            unfinished.rename(self.path(folder))
+        finally:
+            remove(unfinished)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _torch() -> Rival:
+    return Rival(
+        "torch-bf16",
+        "worker_torch.py",
+        write_random_model,
+        lambda _, config: step_bytes(config, columns=0, element_bytes=2),
+    )
+
+
+def _llama(kind: WeightType) -> Rival:
+    return Rival(
+        f"llama-{kind}",
+        "worker_llama.py",
+        lambda path, config: write_gguf(path, config.text, kind),
+        lambda _, config: gguf_step_bytes(config.text, kind),
+        "llama",
+    )
+
+
+def _chatglm(kind: WeightType) -> Rival:
+    return Rival(
+        f"chatglm-{kind}",
+        "worker_chatglm.py",
+        lambda path, config: write_ggml(path, config.text, kind),
+        lambda _, config: ggml_step_bytes(config.text, kind),
+        "chatglm",
+    )
+
+
+_ALL = (_torch(), _llama("q4_0"), _llama("q8_0"), _chatglm("q4_0"), _chatglm("q8_0"), _chatglm("f16"))
+RIVALS = {rival.name: rival for rival in _ALL}

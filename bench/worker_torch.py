@@ -1,0 +1,21 @@
+"""Worker of `engines.py` for the torch backend in bfloat16: `worker_torch.py MODEL THREADS`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from backend_engine import BackendEngine
+from engine_worker import serve
+from visualglm.backends.torch.load import load_torch_backend
+from visualglm.checkpoint.model_dir import open_model_directory
+
+
+def load(model: Path, threads: int) -> BackendEngine:
+    torch.set_num_threads(threads)
+    return BackendEngine(load_torch_backend(open_model_directory(model), "cpu", "bfloat16"))
+
+
+if __name__ == "__main__":
+    serve(load)
