@@ -7,7 +7,15 @@ import pytest
 
 from visualglm.config import VisualGLMConfig
 from visualglm.errors import DeviceError
-from visualglm.memory import MemoryEstimate, available_memory, container_memory, estimate_memory, gib, require_memory
+from visualglm.memory import (
+    MemoryEstimate,
+    available_memory,
+    container_memory,
+    estimate_lite_memory,
+    estimate_memory,
+    gib,
+    require_memory,
+)
 from visualglm.parameters import parameter_count
 
 GIB, MIB = 2**30, 2**20
@@ -33,6 +41,17 @@ def test_the_rotary_table_of_a_long_window_counts():
 
 def test_a_small_model(tiny_config: VisualGLMConfig):
     assert estimate_memory(tiny_config, "float32").weights == 4 * parameter_count(tiny_config)
+
+
+def test_an_export():
+    """Weights as large as their files, and the cache in its own precision, if there is one."""
+    config = VisualGLMConfig()
+    single, half, whole = (estimate_lite_memory(config, 5 * GIB, kind) for kind in ("float32", "float16", "int8"))
+    assert {estimate.weights for estimate in (single, half, whole)} == {5 * GIB}
+    assert (single.kv_cache, half.kv_cache, whole.kv_cache) == (1792 * MIB, 896 * MIB, 448 * MIB)
+    assert estimate_lite_memory(config, 5 * GIB, "int8", batch_size=3).kv_cache == 3 * whole.kv_cache
+    assert estimate_lite_memory(config, 5 * GIB, None) == MemoryEstimate(5 * GIB, 0, single.working)
+    assert single.working == estimate_memory(config, "float32").working
 
 
 def test_what_does_not_fit_is_refused():

@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
-from visualglm.config import DType, VisualGLMConfig
+from visualglm.config import DType, TextConfig, VisualGLMConfig
 from visualglm.errors import DeviceError
 from visualglm.parameters import parameter_count
 
 BYTES_PER_ELEMENT: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+CacheType = Literal["float32", "float16", "int8"]
+"""How the ONNX export of a model keeps keys and values."""
+_CACHE_BYTES: dict[CacheType, int] = {"float32": 4, "float16": 2, "int8": 1}
 # Activations of one prompt, and the libraries themselves.
 _WORKING_BYTES = 600 * 2**20
 _CGROUP = Path("/sys/fs/cgroup")
@@ -36,10 +40,29 @@ class MemoryEstimate:
 
 def estimate_memory(config: VisualGLMConfig, dtype: DType, *, batch_size: int = 1) -> MemoryEstimate:
     """What a model of `config` takes in `dtype` with `batch_size` rows of the whole window."""
-    text, size = config.text, BYTES_PER_ELEMENT[dtype]
-    kv_cache = 2 * text.num_hidden_layers * text.hidden_size * text.max_sequence_length * batch_size * size
-    rotary = text.max_sequence_length * text.head_dim * BYTES_PER_ELEMENT["float32"]
-    return MemoryEstimate(parameter_count(config) * size, kv_cache, _WORKING_BYTES + rotary)
+    size = BYTES_PER_ELEMENT[dtype]
+    kv_cache = _cache_elements(config.text, batch_size) * size
+    return MemoryEstimate(parameter_count(config) * size, kv_cache, _working_bytes(config.text))
+
+
+def estimate_lite_memory(
+    config: VisualGLMConfig, weights: int, cache_type: CacheType | None, *, batch_size: int = 1
+) -> MemoryEstimate:
+    """What the ONNX export of a model takes with `batch_size` rows of the whole window.
+
+    weights: bytes of its graphs and their data. cache_type: None if it has no KV cache.
+    """
+    kv_cache = _cache_elements(config.text, batch_size) * _CACHE_BYTES[cache_type] if cache_type else 0
+    return MemoryEstimate(weights, kv_cache, _working_bytes(config.text))
+
+
+def _cache_elements(text: TextConfig, batch_size: int) -> int:
+    return 2 * text.num_hidden_layers * text.hidden_size * text.max_sequence_length * batch_size
+
+
+def _working_bytes(text: TextConfig) -> int:
+    """The rotary table of a long window counts."""
+    return _WORKING_BYTES + text.max_sequence_length * text.head_dim * BYTES_PER_ELEMENT["float32"]
 
 
 def available_memory() -> int:

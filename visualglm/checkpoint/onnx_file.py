@@ -61,17 +61,21 @@ def check_external_data(path: Path, model: bytes, data_bytes: int | None) -> Non
     data = path.name + DATA_SUFFIX
     try:
         for tensor in external_data(model):
-            if tensor.location != data:
-                message = (
-                    f"{path} asks for weights in {readable(tensor.location)}, and may only in {data}; do not use it."
-                )
-                raise CheckpointError(message)
-            if data_bytes is None:
-                raise CheckpointError(f"{path} has its weights in {data}, which is not listed; export the model again.")
-            if tensor.offset + tensor.length > data_bytes:
-                raise CheckpointError(f"{path} asks for weights beyond the end of {data}; export the model again.")
+            fault = _place_fault(tensor, data, data_bytes)
+            if fault:
+                raise CheckpointError(f"{path} {fault}.")
     except ValueError as error:
         raise CheckpointError(f"{path} is no ONNX graph that can be used ({error}); export the model again.") from error
+
+
+def _place_fault(tensor: ExternalData, data: str, data_bytes: int | None) -> str | None:
+    if tensor.location != data:
+        return f"asks for weights in {readable(tensor.location)}, and may only in {data}; do not use it"
+    if data_bytes is None:
+        return f"has its weights in {data}, which is not listed; export the model again"
+    if tensor.offset + tensor.length > data_bytes:
+        return f"asks for weights beyond the end of {data}; export the model again"
+    return None
 
 
 def external_data(model: bytes) -> Iterator[ExternalData]:
