@@ -34,6 +34,13 @@ class MemoryEstimate:
     def total(self) -> int:
         return self.weights + self.kv_cache + self.working
 
+    def fits(self, available: int) -> bool:
+        return self.total <= available
+
+    def beside(self, available: int) -> str:
+        """In words, with what there is."""
+        return f"takes {self}; {'fits' if self.fits(available) else 'does not fit'}: {gib(available)} are free"
+
     def __str__(self) -> str:
         return f"{gib(self.total)} (weights {gib(self.weights)}, cache {gib(self.kv_cache)}, work {gib(self.working)})"
 

@@ -68,7 +68,6 @@ def test_what_is_written_is_read(lite: Path, tiny_model_dir: Path, entries: Call
     assert manifest.tokenizer_sha256 == model.manifest.files["tokenizer.model"].sha256
     assert (manifest.parameter_count, manifest.source) == (model.manifest.parameter_count, model.manifest.source)
     assert opened.config == model.config
-    assert opened.license_text == "Free to use.\n"
     assert opened.tokenizer_path == lite / "tokenizer.model"
     assert opened.weights_bytes == sum((lite / name).stat().st_size for name in FILES if ".onnx" in name)
     assert opened.memory == estimate_lite_memory(model.config, opened.weights_bytes, "int8")

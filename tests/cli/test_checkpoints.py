@@ -11,6 +11,7 @@ import pytest
 
 import visualglm
 from tests.cli.program import Invoke, change_config, replace_file
+from tests.lite_model import graph, outside, write_lite
 from visualglm.checkpoint.model_dir import open_model_directory
 from visualglm.checkpoint.weights_license import WEIGHTS_LICENSE
 
@@ -202,3 +203,81 @@ def test_info_tells_of_the_machine_before_it_looks_at_the_model(invoke: Invoke, 
     outcome = invoke("info", tmp_path)
     assert outcome.code == 1
     assert outcome.out.startswith("visualglm  ") and "visualglm: error: " in outcome.err
+
+
+@pytest.fixture
+def lite(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    """An export of the tiny model, to be damaged."""
+    return write_lite(tmp_path / "lite", tiny_model_dir).path
+
+
+def test_check_of_an_export(invoke: Invoke, lite: Path):
+    outcome = invoke("check", lite)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert set(marks(outcome.out).values()) == {"✓"}
+    for line in (
+        "✓  manifest.json             ONNX export, int4 in blocks of 32, KV cache int8, tried with onnxruntime 1.32.0",
+        "✓  decoder.onnx.data         256 bytes, hash as written",
+        "✓  configuration             91,248 parameters, float16",
+        "✓  graphs                    3, whose weights lie where they should",
+        "✓  memory                    takes 600 MiB (weights 1 KiB, cache 24 KiB, work 600 MiB); fits: ",
+    ):
+        assert line in outcome.out
+
+
+def test_check_goes_on_with_a_broken_export(invoke: Invoke, lite: Path):
+    (lite / "decoder.onnx.data").write_bytes(bytes(256))
+    (lite / "vision_encoder.onnx.data").write_bytes(bytes(255))
+    (lite / "quantization.json").unlink()
+    outcome = invoke("check", lite)
+    assert outcome.code == 1 and "Traceback" not in outcome.err
+    found = marks(outcome.out)
+    assert {name for name, mark in found.items() if mark == "✗"} == {
+        "decoder.onnx.data",
+        "vision_encoder.onnx.data",
+        "quantization.json",
+    }
+    assert "✗  decoder.onnx.data         changed since it was written; export the model again" in outcome.out
+    assert (found["decoder.onnx"], found["tokenizer"], found["graphs"]) == ("✓", "✓", "–")
+    (lite / "config.json").unlink()
+    assert "–  the rest" in invoke("check", lite).out
+
+
+def test_check_of_an_export_with_a_hostile_graph(invoke: Invoke, lite: Path):
+    """Every hash is right."""
+    replace_file(lite, "decoder.onnx", graph(outside("../../etc/passwd", 0, 128)))
+    outcome = invoke("check", lite)
+    assert outcome.code == 1
+    assert {name for name, mark in marks(outcome.out).items() if mark == "✗"} == {"graphs"}
+    assert "decoder.onnx asks for weights in ../../etc/passwd, and may only in decoder.onnx.data" in outcome.out
+
+
+def test_check_of_an_export_of_a_later_version(invoke: Invoke, lite: Path):
+    manifest = json.loads((lite / "manifest.json").read_text())
+    (lite / "manifest.json").write_text(json.dumps(manifest | {"format_version": 2}))
+    outcome = invoke("check", lite)
+    assert outcome.code == 1 and "has format version 2, and this program reads up to 1; install a newer" in outcome.out
+    assert "install a newer visualglm" in invoke("info", lite).err
+
+
+def test_info_of_an_export(invoke: Invoke, tiny_model_dir: Path, lite: Path):
+    outcome = invoke("info", lite)
+    assert (outcome.code, outcome.err) == (0, "")
+    for line in (
+        f"model        {lite}",
+        "parameters   91,248, 1 KiB",
+        "ONNX export  int4 in blocks of 32, KV cache int8, tried with onnxruntime 1.32.0",
+        f"fingerprint  {open_model_directory(tiny_model_dir).fingerprint}, of the model it was made from",
+        "tokenizer    tokenizer.model",
+        "licence      Free to use.",
+        "projection  1       24→32              800",
+    ):
+        assert line in outcome.out.splitlines()
+    assert "memory       takes 600 MiB (weights 1 KiB, cache 24 KiB, work 600 MiB); fits: " in outcome.out
+
+
+def test_an_export_is_no_checkpoint_to_convert(invoke: Invoke, lite: Path, tiny_model_dir: Path, tmp_path: Path):
+    error = invoke("convert", lite, tmp_path / "out").error
+    assert f"{lite} is an ONNX export, and a model directory is needed" in error
+    assert f"{lite} is not replaced" in invoke("convert", tiny_model_dir, lite, "--force").error
+    assert invoke("check", lite).code == 0

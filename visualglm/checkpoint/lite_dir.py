@@ -19,7 +19,6 @@ from visualglm.checkpoint.model_dir import (
     CONFIG,
     TOKENIZER,
     ModelDirectory,
-    license_of,
     tokenizer_of,
     write_side_files,
 )
@@ -53,6 +52,15 @@ class LiteForm(BaseModel):
     use_past: bool
     block_size: PositiveInt | None = None
     onnxruntime_version: str | None = None
+
+    @property
+    def title(self) -> str:
+        """In words: "int4 in blocks of 128, KV cache float32, tried with onnxruntime 1.32.0"."""
+        facts = [f"{self.precision} in blocks of {self.block_size}" if self.block_size else self.precision]
+        facts.append(f"KV cache {self.kv_cache}" if self.use_past else "no KV cache")
+        if self.onnxruntime_version:
+            facts.append(f"tried with onnxruntime {self.onnxruntime_version}")
+        return ", ".join(facts)
 
 
 class LiteManifest(LiteForm, FolderManifest):
@@ -90,10 +98,6 @@ class LiteDirectory:
         """What it takes to run it."""
         cache_type = self.manifest.kv_cache if self.manifest.use_past else None
         return estimate_lite_memory(self.config, self.weights_bytes, cache_type)
-
-    @property
-    def license_text(self) -> str | None:
-        return license_of(self.path)
 
 
 def is_lite_directory(path: Path | str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeVar, get_args
@@ -10,11 +10,13 @@ from typing import Annotated, TypeVar, get_args
 from typer import Argument, Exit
 
 from visualglm.checkpoint.contents import Checkpoint
-from visualglm.checkpoint.files import file_pieces, hash_pieces, read_json_object, require_file, require_folder
+from visualglm.checkpoint.files import file_pieces, hash_pieces, read_json_object, require_folder
 from visualglm.checkpoint.foreign import TOKENIZER as FOREIGN_TOKENIZER
 from visualglm.checkpoint.foreign_config import HF_CONFIG, SAT_CONFIG
 from visualglm.checkpoint.hf import read_hf
-from visualglm.checkpoint.manifest import MANIFEST, FileRecord, Manifest
+from visualglm.checkpoint.listed_files import require_size
+from visualglm.checkpoint.lite_dir import GRAPHS, LiteManifest, is_lite_directory, open_lite_directory
+from visualglm.checkpoint.manifest import MANIFEST, FolderManifest, Manifest
 from visualglm.checkpoint.model_dir import CONFIG, TOKENIZER, open_model_directory, read_weights
 from visualglm.checkpoint.progress import ByteProgress
 from visualglm.checkpoint.sat import read_sat
@@ -23,19 +25,20 @@ from visualglm.cli.options import Quiet
 from visualglm.config import DType, VisualGLMConfig
 from visualglm.errors import CheckpointError, VisualGLMError
 from visualglm.loading import builtin_path
-from visualglm.memory import available_memory, estimate_memory, gib
+from visualglm.memory import MemoryEstimate, available_memory, estimate_memory
 from visualglm.parameters import parameter_count
 from visualglm.processing.tokenizer import Tokenizer
 
 GOOD, BAD, NEITHER = "✓", "✗", "–"
 
 T = TypeVar("T")
+M = TypeVar("M", bound=FolderManifest)
 
 
 def check(
     model: Annotated[
         Path | None,
-        Argument(metavar="MODEL", help="Model directory, SAT archive or Hugging Face folder; else the built-in model."),
+        Argument(metavar="MODEL", help="Model directory, export, SAT or Hugging Face folder; else the built-in model."),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -47,7 +50,8 @@ def check(
     if read_foreign:
         _check_foreign(path, read_foreign, findings)
     else:
-        _check_model_directory(path, findings, Messages(quiet))
+        check_folder = _check_lite_directory if is_lite_directory(path) else _check_model_directory
+        check_folder(path, findings, Messages(quiet))
     print_table(findings.rows)
     if findings.is_bad:
         raise Exit(1)
@@ -104,18 +108,9 @@ def _describe_foreign(checkpoint: Checkpoint) -> str:
 
 
 def _check_model_directory(path: Path, findings: Findings, messages: Messages) -> None:
-    manifest = findings.attempt(
-        MANIFEST, lambda: Manifest.from_file(path / MANIFEST), lambda manifest: f"made from {manifest.source.format}"
-    )
-    if manifest:
-        _check_files(path, manifest.files, findings, messages)
-    config = findings.attempt(
-        "configuration",
-        lambda: VisualGLMConfig.from_file(path / CONFIG),
-        lambda config: f"{parameter_count(config):,} parameters, {config.dtype}",
-    )
+    _check_manifest(path, Manifest, lambda manifest: f"made from {manifest.source.format}", findings, messages)
+    config = _check_config(path, findings)
     if config is None:
-        findings.add(NEITHER, "the rest", f"cannot be checked without {CONFIG}")
         return
     findings.attempt(
         "tensors", partial(read_weights, path, config), lambda tensors: f"{len(tensors):,}, all of the right shape"
@@ -126,43 +121,77 @@ def _check_model_directory(path: Path, findings: Findings, messages: Messages) -
     _check_use(path / TOKENIZER, config, findings)
 
 
-def _check_files(path: Path, files: Mapping[str, FileRecord], findings: Findings, messages: Messages) -> None:
+def _check_lite_directory(path: Path, findings: Findings, messages: Messages) -> None:
+    _check_manifest(path, LiteManifest, lambda manifest: f"ONNX export, {manifest.title}", findings, messages)
+    config = _check_config(path, findings)
+    if config is None:
+        return
+    _check_tokenizer(path / TOKENIZER, config, findings)
+    if findings.is_bad:
+        findings.add(NEITHER, "graphs", "not looked at, since what is above is wrong")
+        return
+    opened = findings.attempt(
+        "graphs", partial(open_lite_directory, path), lambda _: f"{len(GRAPHS)}, whose weights lie where they should"
+    )
+    if opened:
+        _check_memory("memory", opened.memory, findings)
+
+
+def _check_manifest(
+    path: Path, manifest_type: type[M], describe: Callable[[M], str], findings: Findings, messages: Messages
+) -> None:
+    """The manifest, and every file that it lists."""
+    manifest = findings.attempt(MANIFEST, lambda: manifest_type.from_file(path / MANIFEST), describe)
+    if manifest is None:
+        return
+    files = manifest.files
     with messages.byte_progress("hashing") as report:
         progress = ByteProgress(sum(record.size for record in files.values()), report)
-        faults = progress.run(partial(_file_fault, path / name, record, progress) for name, record in files.items())
+        faults = progress.run(partial(_file_fault, path / name, manifest, progress) for name in files)
     for (name, record), fault in zip(files.items(), faults, strict=True):
         findings.add(BAD if fault else GOOD, name, fault or f"{record.size:,} bytes, hash as written")
 
 
-def _file_fault(path: Path, record: FileRecord, progress: ByteProgress) -> str | None:
+def _file_fault(path: Path, manifest: FolderManifest, progress: ByteProgress) -> str | None:
     """What is wrong with a file, if something is."""
+    record, kind = manifest.files[path.name], manifest.kind
     try:
-        require_file(path)
-        size = path.stat().st_size
-        if size != record.size:
-            return f"{size:,} bytes instead of {record.size:,}: cut short or changed; convert the checkpoint again"
+        require_size(path, record, kind)
         if hash_pieces(progress.track(file_pieces(path))) != record.sha256:
-            return "changed since it was written; convert the checkpoint again"
+            return f"changed since it was written; {kind.remedy}"
     except CheckpointError as error:
         return str(error)
     return None
 
 
+def _check_config(path: Path, findings: Findings) -> VisualGLMConfig | None:
+    config = findings.attempt(
+        "configuration",
+        lambda: VisualGLMConfig.from_file(path / CONFIG),
+        lambda config: f"{parameter_count(config):,} parameters, {config.dtype}",
+    )
+    if config is None:
+        findings.add(NEITHER, "the rest", f"cannot be checked without {CONFIG}")
+    return config
+
+
 def _check_use(tokenizer: Path, config: VisualGLMConfig, findings: Findings) -> None:
     """What it takes to ask a model: its tokenizer, and memory."""
+    _check_tokenizer(tokenizer, config, findings)
+    for dtype in get_args(DType):
+        _check_memory(f"memory, {dtype}", estimate_memory(config, dtype), findings)
+
+
+def _check_tokenizer(tokenizer: Path, config: VisualGLMConfig, findings: Findings) -> None:
     if tokenizer.exists():
         findings.attempt("tokenizer", lambda: Tokenizer.for_model(tokenizer, config.text), _describe_tokenizer)
     else:
         findings.add(NEITHER, "tokenizer", f"no {tokenizer.name}: the model can be converted, but not asked")
+
+
+def _check_memory(what: str, estimate: MemoryEstimate, findings: Findings) -> None:
     free = available_memory()
-    for dtype in get_args(DType):
-        estimate = estimate_memory(config, dtype)
-        fits = estimate.total <= free
-        findings.add(
-            GOOD if fits else NEITHER,
-            f"memory, {dtype}",
-            f"takes {estimate}; {'fits' if fits else 'does not fit'}: {gib(free)} are free",
-        )
+    findings.add(GOOD if estimate.fits(free) else NEITHER, what, estimate.beside(free))
 
 
 def _describe_tokenizer(tokenizer: Tokenizer) -> str:

@@ -14,7 +14,8 @@ import psutil
 from typer import Argument
 
 from visualglm import __version__
-from visualglm.checkpoint.model_dir import ModelDirectory, open_model_directory
+from visualglm.checkpoint.lite_dir import LiteDirectory, is_lite_directory, open_lite_directory
+from visualglm.checkpoint.model_dir import ModelDirectory, license_of, open_model_directory
 from visualglm.cli.messages import print_table
 from visualglm.config import VisualGLMConfig
 from visualglm.loading import BUILTIN_NOTICE, builtin_path
@@ -27,13 +28,16 @@ Row = tuple[str, str]
 
 
 def info(
-    model: Annotated[Path | None, Argument(metavar="MODEL", help="Model directory; else the built-in model.")] = None,
+    model: Annotated[
+        Path | None, Argument(metavar="MODEL", help="Model directory or export; else the built-in model.")
+    ] = None,
 ) -> None:
     """Show version, machine, devices, and what a model is."""
     print_table([*_program(), *_torch()])
     print()
-    directory = open_model_directory(builtin_path() if model is None else model)
-    print_table(_model(directory, is_builtin=model is None))
+    path = builtin_path() if model is None else model
+    directory = open_lite_directory(path) if is_lite_directory(path) else open_model_directory(path)
+    print_table(_folder(directory, is_builtin=model is None))
     print()
     print_table(_parts(directory.config), header=("part", "layers", "width", "heads", "MLP", "parameters", "other"))
 
@@ -74,21 +78,35 @@ def _torch() -> list[Row]:
     return [("torch", found), ("devices", ", ".join(devices))]
 
 
-def _model(directory: ModelDirectory, *, is_builtin: bool) -> list[Row]:
-    config, manifest = directory.config, directory.manifest
-    license_text = (directory.checkpoint.license_text or "").strip() or "none is given"
+def _folder(directory: ModelDirectory | LiteDirectory, *, is_builtin: bool) -> list[Row]:
+    config, tokenizer = directory.config, directory.tokenizer_path
+    license_text = (license_of(directory.path) or "").strip() or "none is given"
     return [
         ("model", str(directory.path)),
         *([("", BUILTIN_NOTICE)] if is_builtin else []),
-        ("parameters", f"{parameter_count(config):,}, {config.dtype}, {gib(directory.checkpoint.size_bytes)}"),
-        (
-            "tokenizer",
-            "none: it cannot be asked" if directory.tokenizer_path is None else directory.tokenizer_path.name,
-        ),
+        *(_export(directory) if isinstance(directory, LiteDirectory) else _model(directory)),
+        ("tokenizer", "none: it cannot be asked" if tokenizer is None else tokenizer.name),
         ("window", f"{config.text.max_sequence_length:,} tokens, {config.text.vocab_size:,} ids"),
-        ("source", manifest.source.format),
-        ("fingerprint", directory.fingerprint),
+        ("source", directory.manifest.source.format),
         ("licence", license_text.splitlines()[0]),
+    ]
+
+
+def _model(directory: ModelDirectory) -> list[Row]:
+    config, size = directory.config, directory.checkpoint.size_bytes
+    return [
+        ("parameters", f"{parameter_count(config):,}, {config.dtype}, {gib(size)}"),
+        ("fingerprint", directory.fingerprint),
+    ]
+
+
+def _export(directory: LiteDirectory) -> list[Row]:
+    manifest = directory.manifest
+    return [
+        ("parameters", f"{manifest.parameter_count:,}, {gib(directory.weights_bytes)}"),
+        ("ONNX export", manifest.title),
+        ("memory", directory.memory.beside(available_memory())),
+        ("fingerprint", f"{manifest.model_fingerprint}, of the model it was made from"),
     ]
 
 
