@@ -17,7 +17,7 @@ Field = tuple[int, int, int, int]
 def fields(message: bytes, start: int, end: int) -> Iterator[Field]:
     """Every field of the message that `message[start:end]` holds; `ValueError` where it is malformed.
 
-    Groups, which were given up before this format had users here, count as malformed.
+    Groups, an outdated kind of field, count as malformed.
     """
     position = start
     while position < end:

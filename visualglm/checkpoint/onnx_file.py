@@ -33,7 +33,7 @@ HOLDERS: Mapping[str, Mapping[int, str]] = {
 EXTERNAL_DATA = 13
 ENTRY_KEY, ENTRY_VALUE = 1, 2
 
-# Ten times what the largest export has; more would only keep the machine busy.
+# Eight times what the graphs of the released sizes have; more would only keep the machine busy.
 _MOST_FIELDS = 200_000
 # As deep as protobuf itself goes.
 _DEEPEST = 100

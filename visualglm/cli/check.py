@@ -186,7 +186,7 @@ def _check_tokenizer(tokenizer: Path, config: VisualGLMConfig, findings: Finding
     if tokenizer.exists():
         findings.attempt("tokenizer", lambda: Tokenizer.for_model(tokenizer, config.text), _describe_tokenizer)
     else:
-        findings.add(NEITHER, "tokenizer", f"no {tokenizer.name}: the model can be converted, but not asked")
+        findings.add(NEITHER, "tokenizer", f"no {tokenizer.name}: the model cannot be asked in words")
 
 
 def _check_memory(what: str, estimate: MemoryEstimate, findings: Findings) -> None:
