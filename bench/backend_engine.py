@@ -1,22 +1,29 @@
-"""A backend of the package as an engine to be measured; the workers differ only in which backend they load."""
+"""A backend of the package as an engine to be measured; the workers differ in which backend they load."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from engine_worker import seconds_of
-from visualglm.backends.torch.backend import TorchBackend
-from visualglm.benchmark import Decoding, random_prompt
+from visualglm.backends.base import Backend
+from visualglm.config import TextConfig
+from visualglm.processing.layout import Layout, pad_batch
+
+_ANY_TOKEN = 100
 
 
 class BackendEngine:
-    """Measures a loaded backend as `visualglm bench` does."""
+    """Measures a loaded backend; `rewind(cache, length)` makes its cache forget the columns from `length` on."""
 
     abilities = ("images", "batches")
 
-    def __init__(self, backend: TorchBackend) -> None:
+    def __init__(self, backend: Backend, rewind: Callable[[Any, int], None]) -> None:
         self._backend = backend
-        self._decoding: tuple[int, int, Decoding] | None = None
+        self._rewind = rewind
+        self._prompt: tuple[Layout, Any] | None = None
 
     def encode(self) -> float:
         vision = self._backend.config.vision
@@ -25,17 +32,35 @@ class BackendEngine:
         return seconds_of(lambda: self._backend.encode_images(pixels))
 
     def prefill(self, tokens: int) -> float:
-        layout = random_prompt(self._backend.config, tokens, has_image=False)
+        layout = text_prompt(self._backend.config.text, tokens)
         return seconds_of(lambda: self._backend.prefill(layout, [], tokens))
 
     def decode(self, context: int, batch: int, steps: int) -> float:
-        decoding = self._at(context, steps)
-        decoding.spread(batch)
-        return decoding.seconds_per_step()
+        layout, cache = self._behind(context, steps)
+        rows = np.zeros(batch, np.int64)
+        if layout.batch_size != batch:
+            cache.keep_rows(rows)
+            layout = layout.keep_rows(rows)
+            self._prompt = layout, cache
+        self._rewind(cache, context)
+        return seconds_of(lambda: self._decode(layout, cache, steps)) / steps
 
-    def _at(self, context: int, steps: int) -> Decoding:
-        """Behind a prompt of `context` tokens, which is computed once as long as no other is asked for."""
-        if self._decoding is None or self._decoding[:2] != (context, steps):
-            self._decoding = None  # its cache is freed before there is another
-            self._decoding = context, steps, Decoding(self._backend, context, steps)
-        return self._decoding[2]
+    def _behind(self, context: int, steps: int) -> tuple[Layout, Any]:
+        """A prompt of `context` tokens and its cache, computed once as long as no other is asked for."""
+        if self._prompt is None or self._prompt[0].sequence_length != context:
+            self._prompt = None  # the memory of its cache is needed for the next
+            layout = text_prompt(self._backend.config.text, context)
+            _, cache = self._backend.prefill(layout, [], context + steps)
+            self._prompt = layout, cache
+        return self._prompt
+
+    def _decode(self, layout: Layout, cache: Any, steps: int) -> None:
+        tokens = np.full(layout.batch_size, _ANY_TOKEN, np.int64)
+        for _ in range(steps):
+            tokens = self._backend.step(tokens, layout, cache).argmax(-1)
+
+
+def text_prompt(config: TextConfig, tokens: int) -> Layout:
+    """One row without an image."""
+    ids = [_ANY_TOKEN] * (tokens - 2) + [config.gmask_token_id, config.bos_token_id]
+    return pad_batch([ids], [None], pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id)

@@ -7,15 +7,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
 
 from engine_process import Command
 from ggml_model import ggml_step_bytes, write_ggml
 from ggml_weights import WeightType
 from gguf_model import gguf_step_bytes, write_gguf
 from visualglm.benchmark import step_bytes, write_random_model
+from visualglm.checkpoint.model_dir import open_model_directory
 from visualglm.config import VisualGLMConfig
 
 HERE = Path(__file__).parent
+_TORCH = "torch-bf16"
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,30 @@ def remove(path: Path) -> None:
 
 def _torch() -> Rival:
     return Rival(
-        "torch-bf16",
-        "worker_torch.py",
-        write_random_model,
-        lambda _, config: step_bytes(config, columns=0, element_bytes=2),
+        _TORCH, "worker_torch.py", write_random_model, lambda _, config: step_bytes(config, columns=0, element_bytes=2)
     )
+
+
+def _onnx(precision: Literal["int4", "int8"]) -> Rival:
+    return Rival(
+        f"onnx-{precision}",
+        "worker_onnx.py",
+        lambda path, config: _export(path, config, precision),
+        lambda path, _: (path / "decoder.onnx.data").stat().st_size,
+    )
+
+
+def _export(path: Path, config: VisualGLMConfig, precision: Literal["int4", "int8"]) -> None:
+    """Export the model of the torch backend if it lies beside, or another like it; random weights need no search."""
+    from visualglm.export.onnx import ExportOptions, export_onnx  # needs the package onnx, and no other engine does
+
+    options = ExportOptions(precision=precision, method="rtn")
+    beside = path.with_name(_TORCH)
+    if beside.exists():
+        export_onnx(open_model_directory(beside), path, options)
+        return
+    with TemporaryDirectory(dir=path.parent) as folder:
+        export_onnx(write_random_model(Path(folder) / _TORCH, config), path, options)
 
 
 def _llama(kind: WeightType) -> Rival:
@@ -95,5 +118,14 @@ def _chatglm(kind: WeightType) -> Rival:
     )
 
 
-_ALL = (_torch(), _llama("q4_0"), _llama("q8_0"), _chatglm("q4_0"), _chatglm("q8_0"), _chatglm("f16"))
+_ALL = (
+    _onnx("int4"),
+    _onnx("int8"),
+    _torch(),
+    _llama("q4_0"),
+    _llama("q8_0"),
+    _chatglm("q4_0"),
+    _chatglm("q8_0"),
+    _chatglm("f16"),
+)
 RIVALS = {rival.name: rival for rival in _ALL}
