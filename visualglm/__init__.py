@@ -7,12 +7,14 @@ print(model.ask("picture.png", "图里有什么？"))
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
 from visualglm.errors import VisualGLMError
 
+# As `typing` has it. That takes a while to import, and the program has to look after Ctrl-C at once.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Any
+
     from visualglm.model import VisualGLM
 
 __version__ = "0.1.0"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.program import Invoke, Outcome, draw
-from visualglm.cli.main import run
+from visualglm.cli.program import run
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import visualglm
 from tests.cli.program import Invoke, Outcome, draw, finish, spawn
 from visualglm.cli.caption import DEFAULT_PROMPT
-from visualglm.cli.main import run
+from visualglm.cli.program import run
 from visualglm.cli.row_log import RowLog
 from visualglm.errors import DataError
 from visualglm.model import VisualGLM

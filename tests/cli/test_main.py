@@ -16,13 +16,15 @@ from visualglm.cli.table import COMMANDS
 
 def test_help_shows_all_commands_and_imports_none(tmp_path: Path):
     program = (
-        "import sys; from visualglm.cli.main import run; run(['--help']);"
-        "print([name for name in sys.modules if name.split('.')[0] in ('numpy', 'torch', 'pydantic', 'rich', 'PIL')"
-        " or name.startswith(('visualglm.cli.', 'visualglm.checkpoint'))])"
+        "import sys; from visualglm.cli.program import run; run(['--help']);"
+        "print(sorted(name for name in sys.modules"
+        " if name.split('.')[0] in ('numpy', 'torch', 'pydantic', 'rich', 'PIL')"
+        " or name.startswith(('visualglm.cli.', 'visualglm.checkpoint'))))"
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert all(f"  {name} " in out for name in COMMANDS)
-    assert out.splitlines()[-1] == "['visualglm.cli.output', 'visualglm.cli.main', 'visualglm.cli.table']"
+    names = ("main", "output", "program", "table")
+    assert out.splitlines()[-1] == str([f"visualglm.cli.{name}" for name in names])
 
 
 def test_version(invoke: Invoke):
@@ -99,6 +101,34 @@ def test_ctrl_c(tiny_model_dir: Path):
     process.send_signal(signal.SIGINT)
     outcome = finish(process)
     assert (outcome.code, outcome.out, outcome.err) == (130, "", "visualglm: interrupted\n")
+
+
+@pytest.mark.parametrize("module", ["visualglm.cli.program", "traceback", "typer", "numpy"])
+def test_ctrl_c_while_python_imports(module: str):
+    program = f"""
+import os, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+from visualglm.cli.main import main
+main()
+"""
+    command = [sys.executable, "-c", program, "info"]
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (130, "", "visualglm: interrupted\n")
+
+
+def test_the_first_lines_import_next_to_nothing():
+    program = (
+        "import sys; before = set(sys.modules); import visualglm.cli.main;"
+        "print(*sorted(set(sys.modules) - before - {'__future__', 'errno'}))"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert out == "visualglm visualglm.cli visualglm.cli.main visualglm.errors\n"
 
 
 def test_a_terminal_without_chinese(invoke: Invoke, tiny_model_dir: Path):
