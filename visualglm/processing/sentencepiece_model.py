@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from visualglm.errors import TokenizerError
+from visualglm.protobuf import LENGTH_DELIMITED, fields
 
 RELEASED_SHA256 = "5e974d9a69c242ce014c88c2b26089270f6198f3c0b700a887666cd3e816f17e"
 RELEASED_SIZE = 2706249
@@ -16,7 +17,6 @@ REMEDY = (
 )
 
 _SIZE_LIMIT = 64 * 2**20
-_LENGTH_DELIMITED = 2
 _PIECE, _TRAINER_SPEC, _NORMALIZER_SPEC = 1, 2, 3
 _TYPE_CONTROL = b"\x18\x03"
 # normalizer_spec {add_dummy_prefix: false, remove_extra_whitespaces: false}: a later message is merged into an earlier.
@@ -64,7 +64,7 @@ def without_pieces(model: bytes, piece_ids: Collection[int]) -> bytes:
                 name = b"\xff" + str(index).encode()
                 message += b"\x0a" + _varint(len(name)) + name + _TYPE_CONTROL
             index += 1
-        parts.append(_varint(field << 3 | _LENGTH_DELIMITED) + _varint(len(message)) + message)
+        parts.append(_varint(field << 3 | LENGTH_DELIMITED) + _varint(len(message)) + message)
     return b"".join(parts) + _NO_PREFIX_KEEP_BLANKS
 
 
@@ -85,34 +85,17 @@ def _fault(model: bytes) -> str | None:
         found = {field for field, _, _ in _fields(model)}
     except ValueError:
         # A model begins with its first piece; anything else was never one.
-        return "damaged or cut short" if model[0] == _PIECE << 3 | _LENGTH_DELIMITED else "not a SentencePiece model"
+        return "damaged or cut short" if model[0] == _PIECE << 3 | LENGTH_DELIMITED else "not a SentencePiece model"
     missing = {_PIECE, _TRAINER_SPEC, _NORMALIZER_SPEC} - found
     return "cut short or not a SentencePiece model" if missing else None
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int, int]]:
     """(number, start, end) of every length-delimited field; `ValueError` where the bytes are anything else."""
-    position = 0
-    while position < len(message):
-        tag, position = _read_varint(message, position)
-        length, position = _read_varint(message, position)
-        end = position + length
-        if tag & 7 != _LENGTH_DELIMITED or end > len(message):
-            raise ValueError(f"no complete length-delimited field at byte {position}")
-        yield tag >> 3, position, end
-        position = end
-
-
-def _read_varint(message: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while position < len(message) and shift < 64:
-        byte = message[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
-    raise ValueError(f"no complete varint at byte {position}")
+    for number, wire_type, start, end in fields(message, 0, len(message)):
+        if wire_type != LENGTH_DELIMITED:
+            raise ValueError(f"no length-delimited field at byte {start}")
+        yield number, start, end
 
 
 def _varint(value: int) -> bytes:
