@@ -112,31 +112,33 @@ def _rows(run: Run) -> Iterator[Row]:
 def _cell_rows(run: Run, cell: Cell) -> Iterator[Row]:
     measured = run.at(cell)
     if cell.command == "encode":
-        yield _timed_row("encoding an image, s", measured, lambda spent: f"{spent:.2f}")
+        yield _timed_row(run, "encoding an image, s", measured, lambda spent: f"{spent:.2f}")
     elif cell.command == "prefill":
-        yield _timed_row(f"prefill of {cell.tokens}, s", measured, lambda spent: f"{spent:.2f}")
+        yield _timed_row(run, f"prefill of {cell.tokens}, s", measured, lambda spent: f"{spent:.2f}")
     elif cell.batch == 1:
         title = f"decoding, context {cell.tokens}"
-        yield _timed_row(f"{title}, ms/token", measured, lambda spent: f"{1000 * spent:.1f}")
+        yield _timed_row(run, f"{title}, ms/token", measured, lambda spent: f"{1000 * spent:.1f}")
         yield _row("its share of the bandwidth, %", measured, lambda series: f"{100 * _share(run, series):.0f}")
     else:
         title = f"batch {cell.batch}, context {cell.tokens}, tokens/s"
-        yield _timed_row(title, measured, lambda spent: f"{cell.batch / spent:.1f}")
+        yield _timed_row(run, title, measured, lambda spent: f"{cell.batch / spent:.1f}")
 
 
 def _row(title: str, measured: dict[str, Series], text: Callable[[Series], str]) -> Row:
     return Row(title, {name: text(series) for name, series in measured.items()}, {})
 
 
-def _timed_row(title: str, measured: dict[str, Series], text: Callable[[float], str]) -> Row:
-    first, *others = measured.values()
+def _timed_row(run: Run, title: str, measured: dict[str, Series], text: Callable[[float], str]) -> Row:
     texts = {name: text(median(series.seconds)) for name, series in measured.items()}
-    return Row(title, texts, {other.engine: _speedup(first, other) for other in others})
+    return Row(title, texts, dict(_speedups(measured, run.engines[0])))
 
 
-def _speedup(first: Series, other: Series) -> float:
-    """Round by round: neighbours in time saw the same machine."""
-    return median(theirs / ours for ours, theirs in zip(first.seconds, other.seconds, strict=True))
+def _speedups(measured: dict[str, Series], first: str) -> Iterator[tuple[str, float]]:
+    """How many times as fast the first one is, round by round: neighbours in time saw the same machine."""
+    ours = measured[first].seconds if first in measured else []
+    for name, series in measured.items():
+        if ours and name != first:
+            yield name, median(theirs / mine for mine, theirs in zip(ours, series.seconds, strict=True))
 
 
 def _share(run: Run, series: Series) -> float:

@@ -62,7 +62,10 @@ class Contest:
         probe = ReadBandwidth(torch.device("cpu"))
         with ExitStack() as stack:
             processes = [stack.enter_context(self._start(rival, threads)) for rival in self.models]
-            series = [found for cell in self.plan.cells() for found in self._measure(cell, processes, probe)]
+            series = []
+            for cell in self.plan.cells():
+                able = [process for process in processes if process.abilities >= cell.needs]
+                series += self._measure(cell, able, probe) if able else []
         return Run(
             threads,
             {process.name: process.load_seconds for process in processes},
@@ -76,9 +79,8 @@ class Contest:
         read(model)
         return running(rival.name, rival.command(model, threads, self.environments))
 
-    def _measure(self, cell: Cell, processes: Sequence[EngineProcess], probe: ReadBandwidth) -> list[Series]:
-        """Rounds of turns of the engines that can do it, after one that does not count."""
-        able = [process for process in processes if process.abilities >= cell.needs]
+    def _measure(self, cell: Cell, able: Sequence[EngineProcess], probe: ReadBandwidth) -> list[Series]:
+        """Rounds of turns of the engines that are able to do it, after one that does not count."""
         request = cell.request(self.plan.steps)
         seconds: dict[str, list[float]] = {process.name: [] for process in able}
         bandwidths: dict[str, list[float]] = {process.name: [] for process in able}

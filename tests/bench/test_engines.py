@@ -87,6 +87,7 @@ def test_the_table():
         Series("ours", decode, (0.2, 0.1, 0.2), bandwidths, 5_000_000_000),
         Series("theirs", decode, (0.4, 0.1, 0.3), bandwidths, 4_100_000_000),
         Series("ours", batch, (0.4, 0.4, 0.4), bandwidths, 6_000_000_000),
+        Series("theirs", Cell("encode"), (0.4, 0.4, 0.4), bandwidths, 1_000_000_000),
     ]
     run = Run(4, {"ours": 3.0, "theirs": 1.0}, {"ours": 3_200_000_000, "theirs": 3_000_000_000}, series)
     assert markdown([run]).splitlines() == [
@@ -98,6 +99,7 @@ def test_the_table():
         "| decoding, context 128, ms/token | 200.0 | 300.0 | 1.50× |",
         "| its share of the bandwidth, % | 80 | 50 |  |",
         "| batch 4, context 128, tokens/s | 10.0 | – |  |",
+        "| encoding an image, s | – | 0.40 |  |",
         "| peak memory, one row, GB | 5.0 | 4.1 |  |",
         "| peak memory, all of this, GB | 6.0 | 4.1 |  |",
         "| read bandwidth meanwhile, GB/s | 20.0 | 20.0 |  |",
