@@ -1,5 +1,6 @@
 """Models to test with: random weights with a small tokenizer, and the built-in one."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from visualglm.checkpoint.manifest import Source
 from visualglm.checkpoint.model_dir import write_model_directory
 from visualglm.checkpoint.tensors import LazyTensor
 from visualglm.config import QFormerConfig, TextConfig, VisionConfig, VisualGLMConfig
+from visualglm.export_cache import CACHE_VARIABLE
 from visualglm.loading import builtin_path
 from visualglm.parameters import Shape, parameter_shapes
 from visualglm.processing.tokenizer import Tokenizer
@@ -24,6 +26,15 @@ CORPUS = (
 CONTROLS = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
 WHITESPACE = ["<n>", "<|tab|>", *(f"<|blank_{count}|>" for count in range(2, 81))]
 WINDOW = 192
+
+
+@pytest.fixture(scope="session", autouse=True)
+def export_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Exports made on first use go here, and not to the cache of whoever runs the tests."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

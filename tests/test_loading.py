@@ -3,14 +3,22 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import visualglm
 from visualglm import VisualGLMError
+from visualglm.checkpoint.lite_dir import open_lite_directory
+from visualglm.checkpoint.model_dir import open_model_directory
 from visualglm.errors import CheckpointError, DeviceError, TokenizerError
-from visualglm.loading import BUILTIN_NAME, builtin_path
+from visualglm.export.onnx import ExportOptions, export_onnx
+from visualglm.export_cache import CACHE_VARIABLE
+from visualglm.loading import BUILTIN_NAME, builtin_export, builtin_path, choose
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run_python(code: str) -> str:
@@ -25,26 +33,91 @@ def test_a_model_directory(tiny_model_dir: Path):
         model = visualglm.load(path, device="cpu")
         assert isinstance(model, visualglm.VisualGLM)
         assert model.name == str(tiny_model_dir)
-        assert model.backend.description == "torch on cpu, float32"
-    assert visualglm.load(tiny_model_dir, backend="torch", device="cpu", dtype="bfloat16").backend.description == (
-        "torch on cpu, bfloat16"
-    )
+        assert model.backend.description == "onnx on cpu, fp32"
+
+
+@pytest.mark.parametrize(
+    ("options", "description"),
+    [
+        ({"backend": "torch", "device": "cpu"}, "torch on cpu, float32"),
+        ({"backend": "torch", "device": "cpu", "dtype": "bfloat16"}, "torch on cpu, bfloat16"),
+        ({"device": "cpu", "dtype": "bfloat16"}, "torch on cpu, bfloat16"),
+        ({"backend": "onnx"}, "onnx on cpu, fp32"),
+        ({"backend": "onnx", "dtype": "float16"}, "onnx on cpu, fp16"),
+        ({"dtype": "int8"}, "onnx on cpu, int8"),
+        ({"dtype": "int4"}, "onnx on cpu, int4"),
+    ],
+)
+def test_what_runs_a_model_directory(options: dict[str, str], description: str, tiny_model_dir: Path):
+    assert visualglm.load(tiny_model_dir, **options).backend.description == description
 
 
 def test_without_a_path_the_builtin_model_is_loaded(builtin_model_dir: Path):
     assert builtin_model_dir == builtin_path()
-    assert visualglm.load(device="cpu").name == BUILTIN_NAME
+    model = visualglm.load(device="cpu")
+    assert (model.name, model.backend.description) == (BUILTIN_NAME, "onnx on cpu, fp32")
+
+
+def test_the_builtin_export_is_one_of_the_builtin_model(builtin_model_dir: Path):
+    export = open_lite_directory(builtin_export())
+    assert export.manifest.model_fingerprint == open_model_directory(builtin_model_dir).fingerprint
+    assert export.manifest.precision == "fp32"
+
+
+def test_an_export_is_loaded_as_it_is(tiny_model_dir: Path, tmp_path: Path):
+    export_onnx(open_model_directory(tiny_model_dir), tmp_path / "lite", ExportOptions("int4"))
+    model = visualglm.load(tmp_path / "lite")
+    assert (model.name, model.backend.description) == (str(tmp_path / "lite"), "onnx on cpu, int4")
+    assert visualglm.load(tmp_path / "lite", dtype="int4", backend="onnx").name == model.name
+    with pytest.raises(DeviceError, match="an export of precision int4 and cannot be run as int8"):
+        visualglm.load(tmp_path / "lite", dtype="int8")
+    with pytest.raises(DeviceError, match="which torch cannot run; give --backend onnx, or the model directory"):
+        visualglm.load(tmp_path / "lite", backend="torch")
+
+
+def test_a_model_is_exported_once(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    told: list[Path] = []
+
+    @contextmanager
+    def exporting(place: Path) -> Iterator[Callable[[int, int], None]]:
+        told.append(place)
+        yield lambda done, total: None
+
+    options = {"backend": "auto", "device": "cpu", "dtype": "int8", "exporting": exporting}
+    first = choose(tiny_model_dir, **options)
+    assert told == [first.directory.path] and first.directory.path.parent == tmp_path / "cache"
+    assert choose(tiny_model_dir, **options).directory == first.directory and len(told) == 1
+    assert choose(tiny_model_dir, **options | {"dtype": "int4"}).directory != first.directory and len(told) == 2
+    (first.directory.path / "decoder.onnx").write_bytes(b"damaged")
+    assert choose(tiny_model_dir, **options).load().backend.description == "onnx on cpu, int8" and len(told) == 3
+
+
+def test_a_cache_that_cannot_be_written_is_told(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
+    with pytest.raises(CheckpointError, match="set VISUALGLM_CACHE to a folder that can be written"):
+        visualglm.load(tiny_model_dir, dtype="int8")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "jax"}, r"The backend 'jax' is unknown; give auto or torch\."),
-        ({"device": "tpu"}, r"The device 'tpu' is unknown; give auto, cpu, cuda, cuda:1, mps or npu\."),
-        ({"dtype": "int3"}, r"The precision 'int3' is unknown; give auto, float32, float16, bfloat16\."),
+        ({"backend": "jax"}, r"The backend 'jax' is unknown; give auto, onnx or torch\."),
+        (
+            {"device": "tpu", "backend": "torch"},
+            r"The device 'tpu' is unknown; give auto, cpu, cuda, cuda:1, mps or npu",
+        ),
+        (
+            {"device": "tpu", "backend": "onnx"},
+            r"The device 'tpu' is unknown to the onnx backend; give auto, cpu, cuda",
+        ),
+        ({"dtype": "int3"}, r"The precision 'int3' is unknown; give auto, float32, bfloat16, float16, int8 or int4\."),
+        ({"dtype": "int8", "backend": "torch"}, r"The torch backend has no int8; give --backend onnx, or another"),
+        ({"dtype": "bfloat16", "backend": "onnx"}, r"The onnx backend has no bfloat16; give float32, float16, int8"),
     ],
 )
-def test_unknown_options(options: dict[str, str], message: str, tiny_model_dir: Path):
+def test_options_that_nothing_can_serve(options: dict[str, str], message: str, tiny_model_dir: Path):
     with pytest.raises(DeviceError, match=message):
         visualglm.load(tiny_model_dir, **options)
 
@@ -88,30 +161,69 @@ def test_importing_the_package_imports_nothing_heavy():
     assert heavy == "[]"
 
 
-NO_TORCH = """
-import sys
+FORBID = """
+import importlib.util, sys
 
-class NoTorch:
+class Forbid:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "torch":
-            raise ModuleNotFoundError(f"No module named {name!r}", name="torch")
+        if name.split(".")[0] in {names!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
-sys.meta_path.insert(0, NoTorch())
+known = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name in {names!r} else known(name, package)
+sys.meta_path.insert(0, Forbid())
+import visualglm
+"""
+NO_TORCH = FORBID.format(names=("torch", "onnx"))
+LOAD = """
+try:
+    print(visualglm.load({path!r}, backend={backend!r}).backend.description)
+except visualglm.VisualGLMError as error:
+    print(type(error).__name__, error)
 """
 
 
-def test_without_torch_there_is_a_sentence_and_no_traceback(tiny_model_dir: Path):
-    said = run_python(
-        f"{NO_TORCH}\nimport visualglm\ntry:\n    visualglm.load({str(tiny_model_dir)!r})\n"
-        "except visualglm.VisualGLMError as error:\n    print(type(error).__name__, error)"
-    )
-    assert said == "DeviceError The torch backend needs PyTorch; run `pip install 'visualglm[torch]'`."
+NEEDS_TORCH = "The torch backend needs PyTorch; run `pip install 'visualglm[torch]'`."
+NEEDS_EXPORT = (
+    "{path} has no export for ONNX Runtime yet; making one needs the package onnx; "
+    "run `pip install 'visualglm[export]'`, or on another machine `visualglm export MODEL OUT`."
+)
+
+
+@pytest.mark.parametrize(
+    ("missing", "backend", "said"),
+    [
+        (("torch", "onnx"), "torch", f"DeviceError {NEEDS_TORCH}"),
+        (("torch", "onnx"), "auto", f"DeviceError {NEEDS_EXPORT}"),
+        (("onnx",), "auto", "torch on cpu, float32"),
+        (("torch",), "auto", "onnx on cpu, fp32"),
+    ],
+)
+def test_what_is_missing_is_done_without_or_told(
+    missing: tuple[str, ...],
+    backend: str,
+    said: str,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    code = FORBID.format(names=missing) + LOAD.format(path=str(tiny_model_dir), backend=backend)
+    assert run_python(code) == said.format(path=tiny_model_dir)
+
+
+def test_the_builtin_model_answers_without_torch_and_onnx(builtin_model_dir: Path):
+    ask = f"print(visualglm.load().ask({str(EXAMPLES / 'stop.png')!r}, 'What is written?'))"
+    assert run_python(f"{NO_TORCH}\n{ask}") == "STOP"
 
 
 def test_without_torch_everything_but_the_backend_can_be_imported():
-    modules = "config, errors, memory, model, loading, parameters, processing.layout, generation.decoding, scenes.draw"
-    names = [f"visualglm.{name}" for name in modules.split(", ")]
-    assert run_python(f"{NO_TORCH}\nimport {', '.join(names)}\nprint('torch' in sys.modules)") == "False"
+    modules = "config errors memory model loading parameters backends.onnx.load processing.layout scenes.draw"
+    names = [f"visualglm.{name}" for name in modules.split()]
+    assert (
+        run_python(f"{NO_TORCH}\nimport {', '.join(names)}\nprint('torch' in sys.modules, 'onnx' in sys.modules)")
+        == "False False"
+    )
 
 
 def test_unknown_names_of_the_package():

@@ -1,14 +1,21 @@
-"""From a path to a loaded model: opens the model directory and hands it to the backend that was asked for."""
+"""From a path to a loaded model: what lies there, which backend runs it, and an export of it where that is needed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from dataclasses import dataclass
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal, get_args
 
 from visualglm.backends.base import Backend
+from visualglm.checkpoint.lite_dir import LiteDirectory, Precision, is_lite_directory, open_lite_directory
 from visualglm.checkpoint.model_dir import ModelDirectory, open_model_directory
+from visualglm.config import DType, VisualGLMConfig
 from visualglm.errors import DeviceError
+from visualglm.export_cache import Exporting, cached_export, is_cached
+from visualglm.memory import MemoryEstimate, estimate_memory
 from visualglm.model import VisualGLM
 from visualglm.processing.tokenizer import Tokenizer
 
@@ -17,11 +24,70 @@ BUILTIN_NOTICE = (
     "The built-in model knows only drawn shapes, numbers and short words: "
     "it shows how everything works and is not VisualGLM-6B."
 )
+BackendName = Literal["auto", "onnx", "torch"]
+DTypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
+
+# Below this size nothing is gained by whole numbers.
+_SMALL_MODEL = 100_000_000
+_PRECISIONS: dict[str, Precision] = {"float32": "fp32", "float16": "fp16", "int8": "int8", "int4": "int4"}
+_QUANTIZED = ("int8", "int4")
+_HALVES = ("bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A model that has been found and looked at, and how it is to be run; nothing is loaded yet."""
+
+    directory: ModelDirectory | LiteDirectory
+    backend: Literal["onnx", "torch"]
+    device: str
+    dtype: str
+    name: str
+    tokenizer_path: Path | None
+
+    @property
+    def config(self) -> VisualGLMConfig:
+        return self.directory.config
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model, whatever its form."""
+        if isinstance(self.directory, LiteDirectory):
+            return self.directory.manifest.model_fingerprint
+        return self.directory.fingerprint
+
+    @property
+    def memory(self) -> MemoryEstimate:
+        """What it takes; for "auto" that of the weights' own precision, whichever is taken."""
+        if isinstance(self.directory, LiteDirectory):
+            return self.directory.memory
+        stored = self.config.dtype
+        return estimate_memory(self.config, next((known for known in get_args(DType) if known == self.dtype), stored))
+
+    def load(self) -> VisualGLM:
+        """Raises a `VisualGLMError` if the device is not there, or the memory too small."""
+        path = self.tokenizer_path
+        tokenizer = None if path is None else Tokenizer.for_model(path, self.config.text)
+        return VisualGLM(self._load_backend(), tokenizer, name=self.name)
+
+    def _load_backend(self) -> Backend:
+        if isinstance(self.directory, LiteDirectory):
+            from visualglm.backends.onnx.load import load_onnx_backend
+
+            return load_onnx_backend(self.directory, self.device)
+        from visualglm.backends.torch.load import load_torch_backend
+
+        return load_torch_backend(self.directory, self.device, self.dtype)
 
 
 def builtin_path() -> Path:
     """Where the built-in model's directory lies in the installed package."""
-    return Path(str(files("visualglm") / "assets" / "tiny"))
+    return _asset("tiny")
+
+
+def builtin_export() -> Path:
+    """Where the built-in model lies ready for ONNX Runtime."""
+    return _asset("tiny-onnx")
 
 
 def load_model(
@@ -30,21 +96,108 @@ def load_model(
     """See `visualglm.load`."""
     if adapter is not None:
         raise DeviceError(f"The adapter {adapter} cannot be used: this version of visualglm has no adapters yet.")
-    load_backend = _backend_loader(backend)
+    return choose(path, backend=backend, device=device, dtype=dtype).load()
+
+
+def choose(
+    path: str | Path | None, *, backend: str, device: str, dtype: str, exporting: Exporting | None = None
+) -> Choice:
+    """Find what lies at `path` (None: the built-in model) and decide what runs it.
+
+    "auto" is torch on a GPU and onnx on a CPU. A model directory that onnx is to run is exported once, into the cache;
+    `exporting` gives the context in which the progress of that is shown. Raises a `VisualGLMError`.
+    """
+    _check_known("backend", backend, get_args(BackendName))
+    _check_known("precision", dtype, get_args(DTypeName))
+    if path is not None and is_lite_directory(path):
+        return _exported(open_lite_directory(path), backend, device, dtype)
     directory = open_model_directory(builtin_path() if path is None else path)
-    tokenizer_path = directory.tokenizer_path
-    tokenizer = None if tokenizer_path is None else Tokenizer.for_model(tokenizer_path, directory.config.text)
     name = BUILTIN_NAME if path is None else str(directory.path)
-    return VisualGLM(load_backend(directory, device, dtype), tokenizer, name=name)
+    export = _Export(directory, _precision(directory, dtype), is_builtin=path is None)
+    if _use_torch(backend, device, dtype, export):
+        _require_torch(dtype)
+        return Choice(directory, "torch", device, dtype, name, directory.tokenizer_path)
+    return Choice(export.open(exporting), "onnx", device, dtype, name, directory.tokenizer_path)
 
 
-def _backend_loader(name: str) -> Callable[[ModelDirectory, str, str], Backend]:
-    if name not in ("auto", "torch"):
-        raise DeviceError(f"The backend {name!r} is unknown; give auto or torch.")
-    try:
-        from visualglm.backends.torch.load import load_torch_backend
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise DeviceError("The torch backend needs PyTorch; run `pip install 'visualglm[torch]'`.") from error
-    return load_torch_backend
+@dataclass(frozen=True)
+class _Export:
+    """The export of a model directory, which may have to be made first."""
+
+    directory: ModelDirectory
+    precision: Precision
+    is_builtin: bool
+
+    @property
+    def can_be_had(self) -> bool:
+        return self._comes_along or is_cached(self.directory, self.precision) or find_spec("onnx") is not None
+
+    def open(self, exporting: Exporting | None) -> LiteDirectory:
+        if self._comes_along:
+            return open_lite_directory(builtin_export())
+        return cached_export(self.directory, self.precision, exporting)
+
+    @property
+    def _comes_along(self) -> bool:
+        return self.is_builtin and self.precision == "fp32"
+
+
+def _exported(directory: LiteDirectory, backend: str, device: str, dtype: str) -> Choice:
+    if backend == "torch":
+        raise DeviceError(
+            f"{directory.path} is an export for ONNX Runtime, which torch cannot run; "
+            "give --backend onnx, or the model directory that it was made from."
+        )
+    precision = directory.manifest.precision
+    if dtype != "auto" and _PRECISIONS.get(dtype) != precision:
+        raise DeviceError(
+            f"{directory.path} is an export of precision {precision} and cannot be run as {dtype}; "
+            "leave --dtype out, or export the model again."
+        )
+    return Choice(directory, "onnx", device, dtype, str(directory.path), directory.tokenizer_path)
+
+
+def _precision(directory: ModelDirectory, dtype: str) -> Precision:
+    """What an export is to be for `dtype`; "auto" is exact where that is cheap."""
+    if dtype in _PRECISIONS:
+        return _PRECISIONS[dtype]
+    return "fp32" if directory.manifest.parameter_count < _SMALL_MODEL else "int8"
+
+
+def _use_torch(backend: str, device: str, dtype: str, export: _Export) -> bool:
+    if backend != "auto":
+        if backend == "onnx" and dtype == "bfloat16":
+            raise DeviceError("The onnx backend has no bfloat16; give float32, float16, int8 or int4.")
+        return backend == "torch"
+    if dtype in _QUANTIZED:
+        return False
+    if dtype in _HALVES or device not in ("auto", "cpu"):
+        return True
+    if device == "auto" and _has_gpu():
+        return True
+    return not export.can_be_had and find_spec("torch") is not None
+
+
+def _has_gpu() -> bool:
+    """Whether torch has a CUDA device; it is not imported, which takes seconds, where there is no driver for one."""
+    if shutil.which("nvidia-smi") is None or find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _require_torch(dtype: str) -> None:
+    if find_spec("torch") is None:
+        raise DeviceError("The torch backend needs PyTorch; run `pip install 'visualglm[torch]'`.")
+    if dtype in _QUANTIZED:
+        raise DeviceError(f"The torch backend has no {dtype}; give --backend onnx, or another precision.")
+
+
+def _check_known(what: str, name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise DeviceError(f"The {what} {name!r} is unknown; give {', '.join(known[:-1])} or {known[-1]}.")
+
+
+def _asset(name: str) -> Path:
+    return Path(str(files("visualglm") / "assets" / name))

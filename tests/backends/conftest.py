@@ -60,7 +60,7 @@ def load_golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Gol
             numbers = GOLDENS / ("a_image_b1" if name == "a_hf_layout" else name)
             meta = json.loads((numbers / "meta.json").read_text("utf-8"))
             with np.load(numbers / "golden.npz") as arrays:
-                loaded[name] = Golden(visualglm.load(folder, device="cpu"), dict(arrays), meta)
+                loaded[name] = Golden(visualglm.load(folder, backend="torch", device="cpu"), dict(arrays), meta)
         return loaded[name]
 
     return load

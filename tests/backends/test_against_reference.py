@@ -90,7 +90,7 @@ class Case:
 def case_of(folder: Path) -> Case:
     stored = open_model_directory(folder).tensors
     tensors = {name: tensor.array().astype(np.float64) for name, tensor in stored.items()}
-    return Case(visualglm.load(folder, device="cpu"), tensors)
+    return Case(visualglm.load(folder, backend="torch", device="cpu"), tensors)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ LENGTHS, STARTS, CONTEXTS = (9, 14, 12, 6), (1, None, 0, None), (7, 10, 12, 3)
 
 @pytest.fixture(scope="module")
 def model(tiny_model_dir: Path) -> VisualGLM:
-    return visualglm.load(tiny_model_dir, device="cpu")
+    return visualglm.load(tiny_model_dir, backend="torch", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_columns_that_are_not_filled_are_never_read(backend, make_layout, rows, 
 # Measured on this model: 0.014 and 0.0013 of the largest logit.
 @pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.05), ("float16", 0.005)])
 def test_half_precisions_agree_loosely(dtype, bound, tiny_model_dir, model, make_layout, rows, pixels):
-    half = visualglm.load(tiny_model_dir, device="cpu", dtype=dtype)
+    half = visualglm.load(tiny_model_dir, backend="torch", device="cpu", dtype=dtype)
     assert half.backend.description == f"torch on cpu, {dtype}"
     layout = make_layout(rows)
     exact, found = (loaded.backend.logits(layout, loaded.backend.encode_images(pixels)) for loaded in (model, half))
@@ -155,7 +155,7 @@ def test_encoded_images_can_be_used_again(backend, make_layout, rows, pixels):
 
 
 def test_memory_that_runs_out_is_told(tiny_model_dir: Path):
-    backend = visualglm.load(tiny_model_dir).backend
+    backend = visualglm.load(tiny_model_dir, backend="torch").backend
     layout = layout_from_ids(np.array([[5, 6, 8]]), pad_token_id=3, bos_token_id=8)
     with pytest.raises(DeviceError, match=r"The memory ran out .*; use a smaller batch"):
         backend.prefill(layout, [], capacity=10**12)

@@ -54,4 +54,4 @@ def test_precisions(tiny_config: VisualGLMConfig):
 def test_too_little_memory_is_told_before_loading(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(load, "available_memory", lambda: 500 * 2**20)
     with pytest.raises(DeviceError, match=r"The model takes 60\d MiB \(.*\), but cpu has 500 MiB left; close other"):
-        visualglm.load(tiny_model_dir, device="cpu")
+        visualglm.load(tiny_model_dir, backend="torch", device="cpu")

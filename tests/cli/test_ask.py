@@ -81,7 +81,7 @@ def test_json(invoke: Invoke, tiny_model_dir: Path, picture: Path, model: Visual
         "prompt_tokens": reply.prompt_tokens,
         "new_tokens": 6,
         "model": str(tiny_model_dir),
-        "backend": "torch on cpu, float32",
+        "backend": "onnx on cpu, fp32",
     }
 
 
@@ -101,7 +101,7 @@ def test_says_what_is_loaded(invoke: Invoke, tiny_model_dir: Path):
 
 def test_says_what_a_large_model_takes(invoke: Invoke, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(loading, "_LARGE_BYTES", 100_000)
-    outcome = invoke("ask", "-m", tiny_model_dir, *SHORT, "What?")
+    outcome = invoke("ask", "-m", tiny_model_dir, "--backend", "torch", *SHORT, "What?")
     assert outcome.err.startswith(
         f"loading {tiny_model_dir}: takes 600 MiB (weights 178 KiB, cache 48 KiB, work 600 MiB); "
     )
@@ -119,7 +119,7 @@ def test_streams_to_a_terminal(tiny_model_dir: Path, picture: Path, model: Visua
 def test_says_what_the_built_in_model_is(invoke: Invoke, builtin_model_dir: Path):
     outcome = invoke("ask", *SHORT, "What?")
     assert outcome.err.splitlines()[0] == BUILTIN_NOTICE
-    assert outcome.err.splitlines()[1].startswith("loaded visualglm-tiny: torch on cpu")
+    assert outcome.err.splitlines()[1].startswith("loaded visualglm-tiny: onnx on cpu")
 
 
 def test_the_built_in_model_answers_rightly(invoke: Invoke, builtin_model_dir: Path):

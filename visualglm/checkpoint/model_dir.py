@@ -52,6 +52,11 @@ class ModelDirectory:
         return self.manifest.fingerprint
 
     @property
+    def weights_bytes(self) -> int:
+        """Size of all tensors."""
+        return self.checkpoint.size_bytes
+
+    @property
     def checkpoint(self) -> Checkpoint:
         """Its contents, to be written elsewhere or in another format."""
         return Checkpoint(

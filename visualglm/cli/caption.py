@@ -10,7 +10,7 @@ from typing import Annotated
 from typer import Argument, Exit, Option
 
 from visualglm.cli.captioner import Captioner
-from visualglm.cli.loading import load_directory, open_directory
+from visualglm.cli.loading import choose_model, load_choice
 from visualglm.cli.messages import Messages
 from visualglm.cli.options import GenerationOptions, ImageOptions, ModelOptions
 from visualglm.cli.row_log import RowLog, sidecar_of
@@ -42,10 +42,10 @@ def caption(
     generation.config()
     _check_output(output, source)
     rows = read_rows(source, prompt, recursive=recursive)
-    directory = open_directory(options.model, messages)
-    generation = generation.fitted(directory.config.text)
+    choice = choose_model(options, messages)
+    generation = generation.fitted(choice.config.text)
     origin = {
-        "model": directory.fingerprint,
+        "model": choice.fingerprint,
         "backend": options.backend,
         "dtype": options.dtype,
         **generation.keywords(),
@@ -56,7 +56,7 @@ def caption(
         if failed:
             messages.tell(f"{output} has {len(failed):,} of {len(rows):,} rows already")
         if len(failed) < len(rows):
-            captioner = Captioner(load_directory(directory, options, images, messages), generation, images)
+            captioner = Captioner(load_choice(choice, images, messages), generation, images)
             captioner.require_room(rows)
             failed += _answer_rest(captioner, rows, len(failed), batch_size, log, messages)
     messages.tell(f"{output}: {len(rows):,} rows, {sum(failed):,} with an error")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 from typer import Option
 from typer.models import ParameterInfo
@@ -15,6 +15,7 @@ from typer.models import ParameterInfo
 from visualglm.config import TextConfig
 from visualglm.errors import ConfigError
 from visualglm.generation.config import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
+from visualglm.loading import BackendName, DTypeName
 from visualglm.processing.image import DEFAULT_LIMITS, ImageLimits
 from visualglm.processing.prompt import Language
 
@@ -31,13 +32,16 @@ class ModelOptions:
         Path | None,
         Option("--model", "-m", metavar="DIR", help="Model directory; else the built-in.", rich_help_panel=_MODEL),
     ] = None
-    backend: Annotated[Literal["auto", "torch"], Option(help="What computes.", rich_help_panel=_MODEL)] = "auto"
+    backend: Annotated[
+        BackendName, Option(help="What computes; auto: onnx on a CPU, torch on a GPU.", rich_help_panel=_MODEL)
+    ] = "auto"
     device: Annotated[
-        str, Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, mps or npu.", rich_help_panel=_MODEL)
+        str,
+        Option(metavar="NAME", help="auto, cpu, cuda, cuda:1; torch: mps, npu; onnx: cann.", rich_help_panel=_MODEL),
     ] = "auto"
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        Option(help="Precision; auto: the weights' own where the device is quick at it.", rich_help_panel=_MODEL),
+        DTypeName,
+        Option(help="Precision; auto: exact for small models; else int8, on a GPU as stored.", rich_help_panel=_MODEL),
     ] = "auto"
     quiet: Quiet = False
 
