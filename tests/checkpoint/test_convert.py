@@ -338,6 +338,13 @@ def test_the_licence_of_the_weights_goes_with_them(model_dir: Path, sat_archive:
         assert (folder / "WEIGHTS_LICENSE.txt").read_text() == made.license_text
 
 
+@pytest.mark.parametrize("to", ["sat", "hf"])
+def test_the_licence_of_other_weights_comes_back_with_them(tiny_model_dir: Path, to: Format, tmp_path: Path) -> None:
+    there = convert(tiny_model_dir, tmp_path / "there", to=to)
+    back = convert(there.output, tmp_path / "back")
+    assert there.license_text == back.license_text == "Free to use.\n"
+
+
 def test_a_model_directory_is_copied_with_all_it_holds(model_dir: Path, tmp_path: Path) -> None:
     convert(model_dir, tmp_path / "copy")
     names = sorted(path.name for path in model_dir.iterdir())

@@ -12,6 +12,7 @@ from visualglm.checkpoint.contents import Checkpoint, main_dtype
 from visualglm.checkpoint.foreign_config import ConfigStyle, config_from_foreign, config_to_foreign
 from visualglm.checkpoint.keys import STRAY_NAMES, KeyStyle, packed, unpacked
 from visualglm.checkpoint.manifest import Layout, Source
+from visualglm.checkpoint.model_dir import license_of
 from visualglm.checkpoint.rotary import check_rotary, rotary_tensor
 from visualglm.checkpoint.tensors import Tensor
 from visualglm.checkpoint.weights_license import WEIGHTS_LICENSE
@@ -47,7 +48,8 @@ class ForeignFormat:
             source=Source(format=self.name, layout=layout, config=values),
             extras=extras,
             tokenizer_path=path / TOKENIZER if (path / TOKENIZER).exists() else None,
-            license_text=WEIGHTS_LICENSE,
+            # One that lies there was written when a model was converted back, which need not be THUDM's.
+            license_text=license_of(path) or WEIGHTS_LICENSE,
         )
 
     def foreign_config(self, checkpoint: Checkpoint) -> dict[str, Any]:
