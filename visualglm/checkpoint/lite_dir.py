@@ -27,7 +27,7 @@ from visualglm.checkpoint.progress import Report
 from visualglm.checkpoint.replaceable import require_replaceable_as
 from visualglm.config import VisualGLMConfig
 from visualglm.errors import CheckpointError
-from visualglm.memory import CacheType, MemoryEstimate, estimate_lite_memory
+from visualglm.memory import BYTES_PER_ELEMENT, CacheType, MemoryEstimate, estimate_lite_memory
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 """Of the decoder's linear layers."""
@@ -95,9 +95,10 @@ class LiteDirectory:
 
     @property
     def memory(self) -> MemoryEstimate:
-        """What it takes to run it."""
+        """What it takes to run it on a CPU, where weights that are not quantised are widened to float32."""
         cache_type = self.manifest.kv_cache if self.manifest.use_past else None
-        return estimate_lite_memory(self.config, self.weights_bytes, cache_type)
+        widened = 0 if self.manifest.block_size else self.manifest.parameter_count * BYTES_PER_ELEMENT["float32"]
+        return estimate_lite_memory(self.config, max(self.weights_bytes, widened), cache_type)
 
 
 def is_lite_directory(path: Path | str) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import onnxruntime as ort
 import psutil
+from onnxruntime.capi import onnxruntime_pybind11_state
 
 from visualglm.errors import CheckpointError, DeviceError
 
@@ -22,6 +23,22 @@ CPU = "cpu"
 _PROVIDERS = {CPU: "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "cann": "CANNExecutionProvider"}
 _DEVICE = re.compile(r"(cpu|cuda|cann)(?::(\d+))?")
 _FATAL_ONLY = 4
+# What sessions raise: they have no base class of their own.
+_FAILURES: tuple[type[Exception], ...] = (
+    MemoryError,
+    RuntimeError,
+    *(
+        kind
+        for kind in vars(onnxruntime_pybind11_state).values()
+        if isinstance(kind, type) and issubclass(kind, Exception)
+    ),
+)
+_TOO_MUCH = (
+    "The memory ran out while the model was computing; "
+    "use a smaller batch, a shorter prompt or fewer new tokens, or close other programs."
+)
+Shapes = Mapping[str, Sequence[int | None]]
+"""Names of inputs or outputs and their sizes, None where a size is free."""
 
 
 class Device:
@@ -67,7 +84,7 @@ def open_session(path: Path, device: Device, threads: int) -> ort.InferenceSessi
     options.log_severity_level = _FATAL_ONLY
     try:
         session = ort.InferenceSession(path, options, providers=device.providers)
-    except Exception as error:
+    except _FAILURES as error:
         raise _explained(error, path) from error
     if session.get_providers()[0] != _PROVIDERS[device.kind]:
         raise DeviceError(f"The device {device} does not work with the installed onnxruntime; give --device cpu.")
@@ -75,7 +92,7 @@ def open_session(path: Path, device: Device, threads: int) -> ort.InferenceSessi
 
 
 def _explained(error: Exception, path: Path) -> CheckpointError | DeviceError:
-    reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+    reason = _first_line(error)
     if _is_out_of_memory(error):
         return DeviceError(f"The memory does not suffice for {path}; close other programs, or export it as int4.")
     if "is not a registered function/op" in reason or "NOT_IMPLEMENTED" in reason:
@@ -90,19 +107,41 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "bad_alloc" in str(error) or "allocate memory" in str(error)
 
 
+def require_signature(session: ort.InferenceSession, path: Path, inputs: Shapes, outputs: Shapes) -> None:
+    """Raises `CheckpointError` unless the graph takes and gives these names, with these sizes where they are fixed."""
+    for given, expected in ((session.get_inputs(), inputs), (session.get_outputs(), outputs)):
+        found = {value.name: value.shape for value in given}
+        for name, shape in expected.items():
+            sizes = found.get(name)
+            if sizes is None or len(sizes) != len(shape) or any(map(_differ, sizes, shape)):
+                has = f"has it as {sizes}" if sizes is not None else "has none"
+                raise CheckpointError(
+                    f"{path} should have {name} of {list(shape)}, but {has}: it is the graph of another model; "
+                    "export the model again."
+                )
+
+
+def _differ(found: int | str | None, expected: int | None) -> bool:
+    return expected is not None and found != expected
+
+
 def computes(method: Callable[P, R]) -> Callable[P, R]:
-    """Memory that runs out is told in a sentence, as `DeviceError`."""
+    """What goes wrong in a graph is told in a sentence: `DeviceError` if the memory ran out, else `CheckpointError`."""
 
     @wraps(method)
     def compute(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return method(*args, **kwargs)
-        except Exception as error:
-            if not _is_out_of_memory(error):
-                raise
-            raise DeviceError(
-                "The memory ran out while the model was computing; "
-                "use a smaller batch, a shorter prompt or fewer new tokens, or close other programs."
+        except _FAILURES as error:
+            if _is_out_of_memory(error):
+                raise DeviceError(_TOO_MUCH) from error
+            reason = _first_line(error)
+            raise CheckpointError(
+                f"onnxruntime {ort.__version__} could not run the export ({reason}); export the model again."
             ) from error
 
     return compute
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:300] or type(error).__name__
