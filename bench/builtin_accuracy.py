@@ -15,7 +15,6 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -42,11 +41,10 @@ def questions_about(index: int) -> Iterator[Question]:
             yield question
 
 
-def load_model(path: Path | None) -> None:
-    """In each process of its own, on one thread: such small products gain nothing from more."""
+def load_model(path: Path | None, dtype: str) -> None:
+    """In each process of its own, which runs a model of this size on one thread."""
     global model
-    torch.set_num_threads(1)
-    model = visualglm.load(path, dtype="float32")
+    model = visualglm.load(path, backend="onnx", dtype=dtype)
 
 
 def score(indices: range) -> tuple[Counter[Cell], Counter[Cell], list[str]]:
@@ -84,29 +82,34 @@ def table(asked: Counter[Cell], right: Counter[Cell]) -> Iterator[str]:
         yield f"| {kind} | {shares} | {totals[-1][1]} |"
 
 
+def run(path: Path | None, dtype: str, scenes: int, processes: int) -> tuple[Counter[Cell], Counter[Cell], list[str]]:
+    """As `score`, for the first `scenes` unseen scenes, by several processes."""
+    asked: Counter[Cell] = Counter()
+    right: Counter[Cell] = Counter()
+    wrong: list[str] = []
+    chunks = [range(first, min(first + SCENES_AT_ONCE, scenes)) for first in range(0, scenes, SCENES_AT_ONCE)]
+    with ProcessPoolExecutor(
+        processes, mp_context=get_context("spawn"), initializer=load_model, initargs=(path, dtype)
+    ) as pool:
+        scored = pool.map(score, chunks)
+        for more_asked, more_right, more_wrong in track(scored, "asking", len(chunks), console=Console(stderr=True)):
+            asked += more_asked
+            right += more_right
+            wrong += more_wrong
+    return asked, right, wrong
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model directory; else the built-in model")
+    parser.add_argument("--dtype", default="auto", help="precision of the export that is asked")
     parser.add_argument("--scenes", type=int, default=4000)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--wrong", type=int, default=0, metavar="N", help="show the first N wrong answers")
     parser.add_argument("--json", type=Path, help="write the counts here")
     options = parser.parse_args()
-    asked: Counter[Cell] = Counter()
-    right: Counter[Cell] = Counter()
-    wrong: list[str] = []
-    chunks = [
-        range(first, min(first + SCENES_AT_ONCE, options.scenes)) for first in range(0, options.scenes, SCENES_AT_ONCE)
-    ]
-    with ProcessPoolExecutor(
-        options.processes, mp_context=get_context("spawn"), initializer=load_model, initargs=(options.model,)
-    ) as processes:
-        scored = processes.map(score, chunks)
-        for more_asked, more_right, more_wrong in track(scored, "asking", len(chunks), console=Console(stderr=True)):
-            asked += more_asked
-            right += more_right
-            wrong += more_wrong
-    print(f"{options.scenes} unseen scenes, torch on cpu, float32\n")
+    asked, right, wrong = run(options.model, options.dtype, options.scenes, options.processes)
+    print(f"{options.scenes} unseen scenes, onnx on cpu, {options.dtype}\n")
     print("\n".join(table(asked, right)))
     print("\n".join(wrong[: options.wrong]))
     if options.json:
