@@ -6,6 +6,7 @@ import pty
 import select
 import termios
 import time
+from codecs import getincrementaldecoder
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -38,6 +39,8 @@ class Terminal:
         )
         for descriptor in {slave, out}:
             os.close(descriptor)
+        # What is read may end within a character.
+        self._decoder = getincrementaldecoder("utf-8")("replace")
         self._shown = self.before = ""
 
     def __enter__(self) -> Self:
@@ -82,6 +85,5 @@ class Terminal:
         except OSError:
             # The other end is closed.
             return False
-        # Characters cut in two are not what is tested here.
-        self._shown += data.decode("utf-8", "replace").replace("\r\n", "\n")
+        self._shown = (self._shown + self._decoder.decode(data)).replace("\r\n", "\n")
         return bool(data)
