@@ -53,11 +53,9 @@ def add_decoder(layers: Layers, config: TextConfig, cache: CacheType | None) -> 
     x = graph.cast(x, graph.float_type)
     inputs = _inputs(layers, config)
     keep = graph.input("logits_to_keep", TensorProto.INT64, [1])
-    residual = ""
     for index in range(config.num_hidden_layers):
-        attention = _Attention(layers, config, index, inputs, cache)
-        x, residual = _layer(layers, config, index, x, residual, attention)
-    x = layers.layer_norm(x, "text.norm", config.layer_norm_eps, residual)
+        x = _layer(layers, config, index, x, _Attention(layers, config, index, inputs, cache))
+    x = layers.layer_norm(x, "text.norm", config.layer_norm_eps)
     end = graph.constant("end", np.array([np.iinfo(np.int64).max]))
     kept = graph.node("Slice", x, graph.node("Neg", keep), end, graph.constant("axis_1", [1]))
     logits = layers.linear(kept, "text.lm_head", bias=False)
@@ -65,19 +63,16 @@ def add_decoder(layers: Layers, config: TextConfig, cache: CacheType | None) -> 
     graph.output("logits", graph.cast(logits, TensorProto.FLOAT), TensorProto.FLOAT, shape)
 
 
-def _layer(
-    layers: Layers, config: TextConfig, index: int, x: str, residual: str, attention: _Attention
-) -> tuple[str, str]:
-    """A post-LN block whose residuals are the normalised tensors times sqrt(2 * layers).
+def _layer(layers: Layers, config: TextConfig, index: int, x: str, attention: _Attention) -> str:
+    """A post-LN block whose residuals are the normalised tensors times alpha, sqrt(2 * layers).
 
-    A block's output is given as two values that are still to be added, which the next norm does.
+    The norms give that at once, and the weights behind them undo it.
     """
-    graph, name = layers.graph, f"text.layers.{index}"
-    alpha = graph.floats("residual_scale", config.residual_scale)
-    x = layers.layer_norm(x, f"{name}.input_norm", config.layer_norm_eps, residual)
-    attended = attention.add(x)
-    x = layers.layer_norm(graph.node("Mul", x, alpha), f"{name}.attention_norm", config.layer_norm_eps, attended)
-    return graph.node("Mul", x, alpha), layers.mlp(x, f"{name}.mlp", "tanh")
+    graph, name, alpha = layers.graph, f"text.layers.{index}", config.residual_scale
+    x = layers.layer_norm(x, f"{name}.input_norm", config.layer_norm_eps, alpha)
+    x = graph.node("Add", x, attention.add(x, alpha))
+    x = layers.layer_norm(x, f"{name}.attention_norm", config.layer_norm_eps, alpha)
+    return graph.node("Add", x, layers.mlp(x, f"{name}.mlp", "tanh", alpha))
 
 
 def _inputs(layers: Layers, config: TextConfig) -> _Inputs:
@@ -128,11 +123,12 @@ class _Attention:
         self._layers, self._graph, self._config = layers, layers.graph, config
         self._index, self._inputs, self._cache = index, inputs, cache
 
-    def add(self, x: str) -> str:
-        """x: [batch, sequence, width] → the same shape, behind the output projection."""
+    def add(self, x: str, gain: float) -> str:
+        """x: [batch, sequence, width], `gain` times too large → the same shape, behind the output projection."""
         name = f"text.layers.{self._index}.attention"
-        qk, v = self._rotated(self._layers.linear(x, f"{name}.qkv", order=halves_apart(self._config)))
-        attended = self._attend_int8(qk, v) if self._cache == "int8" else self._attend(qk, v)
+        qk, v = self._rotated(self._layers.linear(x, f"{name}.qkv", order=halves_apart(self._config), gain=gain))
+        qkv = self._graph.node("Concat", qk, v, axis=-1)
+        attended = self._attend_int8(qkv, qk, v) if self._cache == "int8" else self._attend(qkv)
         return self._layers.linear(attended, f"{name}.proj")
 
     def _rotated(self, qkv: str) -> tuple[str, str]:
@@ -141,9 +137,8 @@ class _Attention:
         qk, v = graph.nodes("Split", qkv, graph.constant("qk_v", [2 * width, width]), outputs=2, axis=-1)
         return graph.node("RotaryEmbedding", qk, self._inputs.cos, self._inputs.sin, num_heads=2 * heads), v
 
-    def _attend(self, qk: str, v: str, unit_scale: str = "") -> str:
+    def _attend(self, qkv: str, unit_scale: str = "") -> str:
         graph, heads, inputs = self._graph, self._config.num_attention_heads, self._inputs
-        q, k = graph.nodes("Split", qk, outputs=2, axis=-1, num_outputs=2)
         states = [] if self._cache is None else [self._state(which) for which in ("key", "value")]
         past = [before for before, _ in states] or ["", ""]
         rounding = dict.fromkeys(("k_quant_type", "v_quant_type"), "PER_TENSOR") | {"kv_cache_bit_width": 8}
@@ -151,7 +146,21 @@ class _Attention:
         # Not causal: the bias says what is seen, and a prompt sees all of its context.
         graph.add(
             "GroupQueryAttention",
-            [q, k, v, *past, inputs.last_column, inputs.columns, "", "", "", inputs.bias, "", unit_scale, unit_scale],
+            [
+                qkv,
+                "",
+                "",
+                *past,
+                inputs.last_column,
+                inputs.columns,
+                "",
+                "",
+                "",
+                inputs.bias,
+                "",
+                unit_scale,
+                unit_scale,
+            ],
             [attended, *(after for _, after in states)],
             domain=CONTRIB,
             num_heads=heads,
@@ -161,7 +170,7 @@ class _Attention:
         )
         return attended
 
-    def _attend_int8(self, qk: str, v: str) -> str:
+    def _attend_int8(self, qkv: str, qk: str, v: str) -> str:
         """Attention over a cache of int8, in which every channel of a row has a scale of its own.
 
         The scale of a key is moved to the query, and that of a value behind the sum: (q s)·(k / s) = q·k, so that the
@@ -169,14 +178,12 @@ class _Attention:
         """
         graph, width = self._graph, self._config.hidden_size
         past, present = self._state("scales")
-        scales = graph.choose(
-            self._inputs.is_prompt, lambda: self._fresh_scales(qk, v), lambda: graph.node("Identity", past)
+        graph.choose(
+            present, self._inputs.is_prompt, lambda: self._fresh_scales(qk, v), lambda: graph.node("Identity", past)
         )
-        graph.add("Identity", [scales], [present])
-        split = graph.constant("scale_parts", [2 * width, width, width])
-        of_qk, of_v, of_sum = graph.nodes("Split", scales, split, outputs=3, axis=-1)
-        qk, v = graph.node("Mul", qk, of_qk), graph.node("Mul", v, of_v)
-        return graph.node("Mul", self._attend(qk, v, graph.constant("unit_scale", np.ones(1, np.float32))), of_sum)
+        of_qkv, of_sum = graph.nodes("Split", present, graph.constant("scales", [3 * width, width]), outputs=2, axis=-1)
+        unit_scale = graph.constant("unit_scale", np.ones(1, np.float32))
+        return graph.node("Mul", self._attend(graph.node("Mul", qkv, of_qkv), unit_scale), of_sum)
 
     def _fresh_scales(self, qk: str, v: str) -> str:
         """Factors [batch, 1, 4 * width] of queries, keys, values and sums, from the largest of the prompt's columns."""

@@ -55,24 +55,32 @@ class Layers:
         self._tensors = tensors
         self._format = format
 
-    def linear(self, x: str, name: str, *, bias: bool = True, order: NDArray[np.int64] | None = None) -> str:
-        """x: [..., in] → [..., out]. `order` rearranges the outputs: output i is what was output order[i]."""
-        bias_name = self._bias(f"{name}.bias", order) if bias else ""
+    def linear(
+        self, x: str, name: str, *, bias: bool = True, order: NDArray[np.int64] | None = None, gain: float = 1.0
+    ) -> str:
+        """x: [..., in] → [..., out].
+
+        order: output i is what was output order[i]. gain: x comes this much too large, which the weights undo.
+        """
+        bias_name = self.graph.floats(f"{name}.bias", Rows(self._tensors[f"{name}.bias"], order)[:]) if bias else ""
         if self._format.bits is not None:
-            return self._quantized_linear(x, name, bias_name, order, self._format.bits)
+            return self._quantized_linear(x, name, bias_name, order, self._format.bits, gain)
+        if gain != 1:
+            x = self.graph.node("Div", x, self.graph.floats("gain", gain))
         product = self.graph.node("MatMul", x, self._transposed_weight(f"{name}.weight", order))
         return self.graph.node("Add", product, bias_name) if bias else product
 
-    def layer_norm(self, x: str, name: str, epsilon: float, residual: str = "") -> str:
-        """The norm of x, or of x + residual."""
-        scale, bias = self.parameter(f"{name}.weight"), self.parameter(f"{name}.bias")
-        if residual:
-            return self.graph.node("SkipLayerNormalization", x, residual, scale, bias, domain=CONTRIB, epsilon=epsilon)
+    def layer_norm(self, x: str, name: str, epsilon: float, gain: float = 1.0) -> str:
+        """The norm of x, times `gain`."""
+        scale, bias = (
+            self.graph.floats(f"{name}.{part}", self.rows(f"{name}.{part}")[:] * np.float32(gain))
+            for part in ("weight", "bias")
+        )
         return self.graph.node("LayerNormalization", x, scale, bias, epsilon=epsilon)
 
-    def mlp(self, x: str, name: str, gelu: Literal["none", "tanh"]) -> str:
+    def mlp(self, x: str, name: str, gelu: Literal["none", "tanh"], gain: float = 1.0) -> str:
         """Two linear layers around a GELU."""
-        hidden = self.graph.node("Gelu", self.linear(x, f"{name}.fc1"), approximate=gelu)
+        hidden = self.graph.node("Gelu", self.linear(x, f"{name}.fc1", gain=gain), approximate=gelu)
         return self.linear(hidden, f"{name}.fc2")
 
     def attention(self, q: str, k: str, v: str, name: str, num_heads: int) -> str:
@@ -92,9 +100,6 @@ class Layers:
     def rows(self, name: str) -> Rows:
         return Rows(self._tensors[name])
 
-    def _bias(self, name: str, order: NDArray[np.int64] | None) -> str:
-        return self.graph.floats(name, Rows(self._tensors[name], order)[:])
-
     def stored_weight(self, name: str) -> str:
         """A parameter in the type that it is stored in, row by row, for a graph to widen what it takes of it."""
         stored = self._tensors[name]
@@ -113,7 +118,9 @@ class Layers:
         weight = self.graph.weight(name, kind, stored.shape[::-1], pieces)
         return weight if kind == self.graph.float_type else self.graph.cast(weight, self.graph.float_type)
 
-    def _quantized_linear(self, x: str, name: str, bias: str, order: NDArray[np.int64] | None, bits: Bits) -> str:
+    def _quantized_linear(
+        self, x: str, name: str, bias: str, order: NDArray[np.int64] | None, bits: Bits, gain: float
+    ) -> str:
         weight = quantize_blocks(
             Rows(self._tensors[f"{name}.weight"], order),
             bits,
@@ -124,7 +131,9 @@ class Layers:
         self.errors.append(LayerError(name, bits, weight.zero_points is None, weight.error))
         graph, (outputs, inputs) = self.graph, weight.shape
         data = graph.weight(f"{name}.weight", TensorProto.UINT8, weight.data.shape, [weight.data])
-        scales = graph.weight(f"{name}.scales", TensorProto.FLOAT, weight.scales.shape, [weight.scales])
+        scales = graph.weight(
+            f"{name}.scales", TensorProto.FLOAT, weight.scales.shape, [weight.scales / np.float32(gain)]
+        )
         zero_points = ""
         if weight.zero_points is not None:
             zeros = weight.zero_points

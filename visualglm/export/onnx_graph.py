@@ -73,15 +73,15 @@ class OnnxGraph:
         """Let a value that bears its outer name already be seen from outside."""
         self._outputs.append(helper.make_tensor_value_info(name, dtype, shape))
 
-    def choose(self, condition: str, then: Callable[[], str], otherwise: Callable[[], str]) -> str:
-        """A value that one of two groups of nodes computes; only that one is run."""
+    def choose(self, name: str, condition: str, then: Callable[[], str], otherwise: Callable[[], str]) -> None:
+        """The value `name`, computed by one of two groups of nodes; only that one is run."""
         outer, branches = self._nodes, []
-        for name, compute in (("then_branch", then), ("else_branch", otherwise)):
+        for branch, compute in (("then_branch", then), ("else_branch", otherwise)):
             self._nodes = []
             value = helper.make_tensor_value_info(compute(), self.float_type, None)
-            branches.append((name, helper.make_graph(self._nodes, name, [], [value])))
+            branches.append((branch, helper.make_graph(self._nodes, branch, [], [value])))
         self._nodes = outer
-        return self.node("If", condition, **dict(branches))
+        self.add("If", [condition], [name], **dict(branches))
 
     def constant(self, name: str, values: ArrayLike) -> str:
         """A small tensor, kept in the graph itself; one that is known by that name already is used again."""
