@@ -33,7 +33,7 @@ def info(
     ] = None,
 ) -> None:
     """Show version, machine, devices, and what a model is."""
-    print_table([*_program(), *_torch()])
+    print_table([*_program(), *_onnx(), *_torch()])
     print()
     path = builtin_path() if model is None else model
     directory = open_lite_directory(path) if is_lite_directory(path) else open_model_directory(path)
@@ -61,10 +61,23 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _onnx() -> list[Row]:
+    import onnxruntime
+
+    from visualglm.backends.onnx.session import core_count
+
+    providers = ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
+    tools = _version("onnx")
+    return [
+        ("onnxruntime", f"{onnxruntime.__version__}, {core_count()} threads; providers: {providers}"),
+        ("onnx", tools or "not installed; `pip install 'visualglm[export]'` adds what exports a model"),
+    ]
+
+
 def _torch() -> list[Row]:
     found = _version("torch")
     if found == "not installed":
-        return [("torch", "not installed; `pip install 'visualglm[torch]'` adds what computes")]
+        return [("torch", "not installed; needed on GPUs only: `pip install 'visualglm[torch]'`")]
     try:
         import torch
     except (ImportError, OSError) as error:
