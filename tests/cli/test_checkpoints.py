@@ -7,6 +7,7 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import onnxruntime
 import pytest
 
 import visualglm
@@ -186,8 +187,8 @@ def test_info(invoke: Invoke, tiny_model_dir: Path):
     assert (outcome.code, outcome.err) == (0, "")
     directory = open_model_directory(tiny_model_dir)
     for line in (
-        f"visualglm  {visualglm.__version__}",
-        f"processor  {os.cpu_count()} cores",
+        f"visualglm    {visualglm.__version__}",
+        f"processor    {os.cpu_count()} cores",
         f"fingerprint  {directory.fingerprint}",
         "source       random",
         "licence      Free to use.",
@@ -195,7 +196,8 @@ def test_info(invoke: Invoke, tiny_model_dir: Path):
         "projection  1       24→32              800",
     ):
         assert line in outcome.out.splitlines()
-    assert any(line.startswith("devices    cpu (") for line in outcome.out.splitlines())
+    assert f"onnxruntime  {onnxruntime.__version__}, " in outcome.out
+    assert any(line.startswith("devices      cpu (") for line in outcome.out.splitlines())
 
 
 def test_info_tells_of_the_machine_before_it_looks_at_the_model(invoke: Invoke, tmp_path: Path):

@@ -22,6 +22,7 @@ from visualglm.loading import BUILTIN_NOTICE, builtin_path
 from visualglm.memory import available_memory, gib
 from visualglm.parameters import parameter_count, parameter_shapes
 
+_MISSING = "not installed"
 _LIBRARIES = ("numpy", "pillow", "sentencepiece", "safetensors", "pydantic", "typer", "rich")
 
 Row = tuple[str, str]
@@ -58,7 +59,7 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return _MISSING
 
 
 def _onnx() -> list[Row]:
@@ -70,14 +71,14 @@ def _onnx() -> list[Row]:
     tools = _version("onnx")
     return [
         ("onnxruntime", f"{onnxruntime.__version__}, {core_count()} threads; providers: {providers}"),
-        ("onnx", tools or "not installed; `pip install 'visualglm[export]'` adds what exports a model"),
+        ("onnx", f"{tools}; `pip install 'visualglm[export]'` adds it" if tools == _MISSING else tools),
     ]
 
 
 def _torch() -> list[Row]:
     found = _version("torch")
-    if found == "not installed":
-        return [("torch", "not installed; needed on GPUs only: `pip install 'visualglm[torch]'`")]
+    if found == _MISSING:
+        return [("torch", f"{found}; `pip install 'visualglm[torch]'` adds it")]
     try:
         import torch
     except (ImportError, OSError) as error:
