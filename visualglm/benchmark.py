@@ -8,73 +8,58 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from itertools import pairwise
 from math import prod
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import psutil
-import torch
 from numpy.typing import NDArray
 
-from visualglm.backends.base import ImageEmbeds
-from visualglm.backends.torch.backend import TorchBackend
-from visualglm.backends.torch.load import load_torch_backend
-from visualglm.checkpoint.contents import Checkpoint
+from visualglm.backends.base import Backend, ImageEmbeds, KVCache
+from visualglm.bandwidth import Bandwidth, CpuReadBandwidth, ReadBandwidth, seconds_of
 from visualglm.checkpoint.files import file_pieces, require_folder
-from visualglm.checkpoint.manifest import Source
-from visualglm.checkpoint.model_dir import ModelDirectory, open_model_directory, write_model_directory
-from visualglm.checkpoint.progress import Report
-from visualglm.checkpoint.tensors import Piece
-from visualglm.config import QFormerConfig, TextConfig, VisionConfig, VisualGLMConfig
+from visualglm.checkpoint.lite_dir import LiteDirectory
+from visualglm.checkpoint.onnx_file import DATA_SUFFIX
+from visualglm.config import VisualGLMConfig
 from visualglm.errors import ConfigError
-from visualglm.parameters import Shape, parameter_count, parameter_shapes
+from visualglm.loading import Choice, choose
+from visualglm.memory import BYTES_PER_ELEMENT
+from visualglm.parameters import parameter_count, parameter_shapes
 from visualglm.processing.layout import Layout, pad_batch
+from visualglm.random_model import PRESETS, write_random_model
 
-# In the widths of the released model; the sizes of the smallest one are those of nothing in particular.
-PRESETS = {
-    "full": VisualGLMConfig(dtype="bfloat16"),
-    "medium": VisualGLMConfig(
-        vision=VisionConfig(num_hidden_layers=4),
-        qformer=QFormerConfig(num_hidden_layers=2, cross_attention_layers=(0,)),
-        text=TextConfig(num_hidden_layers=4),
-        dtype="bfloat16",
-    ),
-    "tiny": VisualGLMConfig(
-        vision=VisionConfig(
-            image_size=56, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
-        ),
-        qformer=QFormerConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            cross_attention_layers=(0,),
-        ),
-        text=TextConfig(
-            vocab_size=1000,
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_sequence_length=512,
-            mask_token_id=996,
-            gmask_token_id=997,
-            bos_token_id=998,
-            eos_token_id=999,
-        ),
-        dtype="bfloat16",
-    ),
-}
+if TYPE_CHECKING:
+    from visualglm.backends.onnx.backend import OnnxBackend
+    from visualglm.backends.torch.backend import TorchBackend
 
-_BLOCK_ELEMENTS = 1 << 23
-# Many times the caches, and little beside the weights of the model.
-_PROBE_BYTES = 1 << 29
+__all__ = [
+    "PRESETS",
+    "Benchmark",
+    "Decoding",
+    "Figure",
+    "Plan",
+    "ReadBandwidth",
+    "Result",
+    "Subject",
+    "measure_model",
+    "peak_memory",
+    "random_prompt",
+    "step_bytes",
+    "stolen_share",
+    "write_random_model",
+]
+
 _GB = 1e9
+# Decoding goes on from block to block; after so many tokens it begins again, for the context is to stay what is told.
+_LONGEST_ANSWER = 64
 
 
 @dataclass(frozen=True)
@@ -108,63 +93,72 @@ class Result:
     figures: tuple[Figure, ...]
 
 
-def measure_model(
-    path: Path,
-    plan: Plan,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    threads: int | None = None,
-    tell: Callable[[str], None] = lambda stage: None,
-) -> Result:
-    """Load the model directory at `path` from a warm cache and measure it; `tell` is given the name of each stage.
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model, and what has to be known of it beside what a `Backend` is.
 
-    threads: how many of torch's compute on a CPU; None: as many as it takes by itself. Raises a `VisualGLMError`.
+    weights: bytes of all of them. step_bytes: those that decoding one token reads, of weights and of a cache of so many
+    columns. bandwidth: makes what measures that of the memory they lie in, None where there is no way to.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
+
+    backend: Backend
+    threads: int
+    weights: int
+    step_bytes: Callable[[int], int]
+    bandwidth: Callable[[], Bandwidth] | None
+
+
+def measure_model(
+    choice: Choice, plan: Plan, *, threads: int | None = None, tell: Callable[[str], None] = lambda stage: None
+) -> Result:
+    """Load a model from a warm cache and measure it; `tell` is given the name of each stage.
+
+    threads: how many compute on a CPU; None: one a core. Raises a `VisualGLMError`.
+    """
+    path = choice.directory.path
     tell("reading the files once")
     warm_cache(path)
+    # The library is imported before: that is no part of loading.
+    import_module(f"visualglm.backends.{choice.backend}.load")
+    forget_peak_memory()
     start = time.perf_counter()
-    directory = open_model_directory(path)
-    backend = load_torch_backend(directory, device, dtype)
+    again = choose(path, backend=choice.backend, device=choice.device, dtype=choice.dtype)
+    subject = load_subject(again, threads)
     load = Figure("loading, warm cache", time.perf_counter() - start, "s")
-    figures = (load, *Benchmark(backend, plan).run(tell))
-    return Result(str(path), backend.description, parameter_count(directory.config), torch.get_num_threads(), figures)
+    figures = (load, *Benchmark(subject, plan).run(tell))
+    parameters = parameter_count(choice.config)
+    return Result(choice.name, subject.backend.description, parameters, subject.threads, figures)
 
 
-@dataclass(frozen=True)
-class RepeatedTensor:
-    """A bfloat16 tensor, given as bits, whose elements are those of one block again and again."""
-
-    block: NDArray[np.uint16] = field(repr=False)
-    shape: Shape
-    dtype: str = "bfloat16"
-
-    def array(self) -> NDArray[Any]:
-        return np.resize(self.block, self.shape)
-
-    def pieces(self) -> Iterator[Piece]:
-        remaining, data = 2 * prod(self.shape), self.block.view(np.uint8).data
-        while remaining:
-            piece = data[: min(remaining, len(data))]
-            remaining -= len(piece)
-            yield piece
-
-    def regrouped(self, groups: Shape, axes: Shape) -> RepeatedTensor:
-        """Itself: its order means nothing."""
-        return self
+def load_subject(choice: Choice, threads: int | None = None) -> Subject:
+    """Load a model for the benchmark, to compute with so many threads (None: one a core); raises a `VisualGLMError`."""
+    if isinstance(choice.directory, LiteDirectory):
+        return _onnx_subject(choice, choice.directory, threads)
+    return _torch_subject(choice, threads)
 
 
-def write_random_model(path: Path, config: VisualGLMConfig, report: Report | None = None) -> ModelDirectory:
-    """Write a model directory of small random bfloat16 weights, without a tokenizer, as fast as the disk takes it.
+def _onnx_subject(choice: Choice, directory: LiteDirectory, threads: int | None) -> Subject:
+    from visualglm.backends.onnx.session import CPU, core_count
 
-    Raises `CheckpointError` if `path` is in use or the disk has no room for it.
-    """
-    values = np.random.default_rng(0).normal(0, 0.02, _BLOCK_ELEMENTS).astype(np.float32)
-    block = (values.view(np.uint32) >> 16).astype(np.uint16)
-    tensors = {name: RepeatedTensor(block, shape) for name, shape in parameter_shapes(config).items()}
-    return write_model_directory(path, Checkpoint(config, tensors, Source(format="random")), report=report)
+    count = threads or core_count()
+    backend = cast("OnnxBackend", choice.load(count).backend)
+    bandwidth = partial(CpuReadBandwidth, count) if backend.device.kind == CPU else None
+    return Subject(backend, count, directory.weights_bytes, partial(export_step_bytes, directory), bandwidth)
+
+
+def _torch_subject(choice: Choice, threads: int | None) -> Subject:
+    import torch
+
+    backend = cast("TorchBackend", choice.load(threads).backend)
+    count, size = torch.get_num_threads(), backend.dtype.itemsize
+    on_cpu = backend.device.type == "cpu"
+    return Subject(
+        backend,
+        count,
+        parameter_count(backend.config) * size,
+        partial(step_bytes, backend.config, element_bytes=size),
+        partial(CpuReadBandwidth, count) if on_cpu else partial(ReadBandwidth, backend.device),
+    )
 
 
 def warm_cache(path: Path) -> None:
@@ -173,6 +167,13 @@ def warm_cache(path: Path) -> None:
     for file in path.iterdir():
         for _ in file_pieces(file) if file.is_file() else ():
             pass
+
+
+def forget_peak_memory() -> None:
+    """Count the peak anew from here on, where the system can do that: an export may have been made before."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory() -> int:
@@ -187,50 +188,62 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-class ReadBandwidth:
-    """Reads a buffer as fast as all threads can."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._buffer = torch.ones(_PROBE_BYTES // 8, dtype=torch.int64, device=device)
-
-    def measure(self) -> float:
-        """Bytes a second, the median of three readings."""
-        return _PROBE_BYTES / median(seconds_of(lambda: self._buffer.sum().item()) for _ in range(3))
-
-
 class Decoding:
-    """Greedy decoding behind a prompt of `context` random tokens; it can begin again and again at that point."""
+    """Greedy decoding behind a prompt of `context` random tokens, block by block.
 
-    def __init__(self, backend: TorchBackend, context: int, steps: int) -> None:
+    Raises `ConfigError` if that and a block are longer than the model's window.
+    """
+
+    _layout: Layout
+    _cache: KVCache
+    _tokens: NDArray[np.int64]
+
+    def __init__(self, backend: Backend, context: int, steps: int) -> None:
+        window = backend.config.text.max_sequence_length
+        require_window(backend.config, context + steps)
         self._backend = backend
+        self._context = context
         self._steps = steps
-        self._layout = random_prompt(backend.config, context, has_image=False)
-        logits, self._cache = backend.prefill(self._layout, [], context + steps)
-        self._tokens = logits.argmax(-1)
+        self._capacity = min(window, context + max(steps, _LONGEST_ANSWER))
+        self._batch_size = 1
+        self._begin()
+
+    @property
+    def columns(self) -> int:
+        """Those of the cache that are filled."""
+        return self._cache.length
 
     def spread(self, batch_size: int) -> None:
         """Go on with `batch_size` copies of the first row."""
+        self._batch_size = batch_size
         rows = np.zeros(batch_size, np.int64)
         self._cache.keep_rows(rows)
         self._layout, self._tokens = self._layout.keep_rows(rows), self._tokens[rows]
 
     def seconds_per_step(self) -> float:
-        """Decode `steps` tokens a row behind the prompt."""
-        self._cache.buffers.length = self._layout.sequence_length
+        """Decode `steps` more tokens a row."""
+        if self._cache.length + self._steps > self._capacity:
+            self._begin()
         return seconds_of(self._decode) / self._steps
 
+    def _begin(self) -> None:
+        self._layout = random_prompt(self._backend.config, self._context, has_image=False)
+        logits, self._cache = self._backend.prefill(self._layout, [], self._capacity)
+        self._tokens = logits.argmax(-1)
+        self.spread(self._batch_size)
+
     def _decode(self) -> None:
-        tokens = self._tokens
         for _ in range(self._steps):
-            tokens = self._backend.step(tokens, self._layout, self._cache).argmax(-1)
+            self._tokens = self._backend.step(self._tokens, self._layout, self._cache).argmax(-1)
 
 
 class Benchmark:
     """The measurements of a loaded model, each of which adds its figures to those there are."""
 
-    def __init__(self, backend: TorchBackend, plan: Plan) -> None:
+    def __init__(self, subject: Subject, plan: Plan) -> None:
         self.figures: list[Figure] = []
-        self._backend = backend
+        self._subject = subject
+        self._backend = subject.backend
         self._plan = plan
 
     def run(self, tell: Callable[[str], None]) -> list[Figure]:
@@ -268,26 +281,27 @@ class Benchmark:
         self._add("time to first token", median(map(sum, rounds)), "s")
 
     def _memory(self) -> None:
-        weights = parameter_count(self._backend.config) * self._backend.dtype.itemsize
-        self._add("weights", weights / _GB, "GB")
+        self._add("weights", self._subject.weights / _GB, "GB")
         self._add("peak memory", peak_memory() / _GB, "GB")
 
     def _single(self, decoding: Decoding) -> None:
-        probe = ReadBandwidth(self._backend.device)
         decoding.seconds_per_step()
-        seconds, bandwidths = [], [probe.measure()]
+        # Made no sooner: its buffer is no part of the memory that the model takes.
+        probes = [self._subject.bandwidth()] if self._subject.bandwidth else []
+        seconds, sizes, bandwidths = [], [], [probe.measure() for probe in probes]
         for _ in range(self._plan.repeats):
             seconds.append(decoding.seconds_per_step())
-            bandwidths.append(probe.measure())
-        columns = self._plan.context + (self._plan.steps + 1) // 2
-        size = step_bytes(self._backend.config, columns, self._backend.dtype.itemsize)
-        around = [(before + after) / 2 for before, after in pairwise(bandwidths)]
-        shares = [size / spent / bandwidth for spent, bandwidth in zip(seconds, around, strict=True)]
+            sizes.append(self._subject.step_bytes(decoding.columns - self._plan.steps // 2))
+            bandwidths += [probe.measure() for probe in probes]
         self._add(f"decoding, batch 1, context {self._plan.context}", 1000 * median(seconds), "ms/token")
         self._add("decoding, batch 1", 1 / median(seconds), "tokens/s")
-        self._add("read for a token", size / _GB, "GB")
-        self._add("read bandwidth meanwhile", median(bandwidths) / _GB, "GB/s")
-        self._add("share of the read bandwidth", 100 * median(shares), "%")
+        if bandwidths:
+            around = [(before + after) / 2 for before, after in pairwise(bandwidths)]
+            speeds = [size / spent for size, spent in zip(sizes, seconds, strict=True)]
+            shares = [speed / bandwidth for speed, bandwidth in zip(speeds, around, strict=True)]
+            self._add("read for a token", median(sizes) / _GB, "GB")
+            self._add("read bandwidth meanwhile", median(bandwidths) / _GB, "GB/s")
+            self._add("share of the read bandwidth", 100 * median(shares), "%")
 
     def _answer(self, pixels: NDArray[np.float32], layout: Layout) -> tuple[float, float]:
         """Seconds to encode an image, and to put a question about it."""
@@ -313,16 +327,21 @@ def random_prompt(config: VisualGLMConfig, text_tokens: int, *, has_image: bool)
     Raises `ConfigError` if that is longer than the model's window.
     """
     text, slots = config.text, config.qformer.num_query_tokens if has_image else 0
-    if slots + text_tokens > text.max_sequence_length:
-        raise ConfigError(
-            f"The benchmark needs {slots + text_tokens} tokens, but the model's window is {text.max_sequence_length}; "
-            "measure another model."
-        )
+    require_window(config, slots + text_tokens)
     special = (text.pad_token_id, text.mask_token_id, text.gmask_token_id, text.bos_token_id, text.eos_token_id)
     ordinary = np.setdiff1d(np.arange(text.vocab_size), special)
     words = np.random.default_rng(1).choice(ordinary, text_tokens - 2).tolist()
     ids = [text.pad_token_id] * slots + words + [text.gmask_token_id, text.bos_token_id]
     return pad_batch([ids], [0 if has_image else None], pad_token_id=text.pad_token_id, bos_token_id=text.bos_token_id)
+
+
+def require_window(config: VisualGLMConfig, tokens: int) -> None:
+    """Raises `ConfigError` unless so many tokens fit the model's window."""
+    window = config.text.max_sequence_length
+    if tokens > window:
+        raise ConfigError(
+            f"The benchmark needs {tokens} tokens, but the model's window is {window}; measure another model."
+        )
 
 
 def step_bytes(config: VisualGLMConfig, columns: int, element_bytes: int) -> int:
@@ -336,11 +355,13 @@ def step_bytes(config: VisualGLMConfig, columns: int, element_bytes: int) -> int
     return (sum(decoder) + cache) * element_bytes
 
 
-def seconds_of(action: Callable[[], object]) -> float:
-    """How long `action` takes."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+def export_step_bytes(directory: LiteDirectory, columns: int) -> int:
+    """The same for an export on a CPU, where weights that are not quantised are widened to float32."""
+    graph = directory.graph("decoder")
+    data = directory.manifest.files.get(f"{graph.name}{DATA_SUFFIX}")
+    widened = 0 if directory.manifest.block_size else step_bytes(directory.config, 0, BYTES_PER_ELEMENT["float32"])
+    cache = directory.memory.kv_cache * columns // directory.config.text.max_sequence_length
+    return max(data.size if data else 0, widened) + cache
 
 
 def stolen_share(before: Any, after: Any) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
@@ -26,6 +27,8 @@ BUILTIN_NOTICE = (
 )
 BackendName = Literal["auto", "onnx", "torch"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
+Exporter = Callable[[ModelDirectory, Precision, Exporting | None], LiteDirectory]
+"""What gives the export of a model directory; see `cached_export`."""
 
 # Below this size nothing is gained by whole numbers.
 _SMALL_MODEL = 100_000_000
@@ -64,19 +67,26 @@ class Choice:
         stored = self.config.dtype
         return estimate_memory(self.config, next((known for known in get_args(DType) if known == self.dtype), stored))
 
-    def load(self) -> VisualGLM:
-        """Raises a `VisualGLMError` if the device is not there, or the memory too small."""
+    def load(self, threads: int | None = None) -> VisualGLM:
+        """Load it, to compute with so many threads on a CPU (None: as many as the backend takes by itself).
+
+        Raises a `VisualGLMError` if the device is not there, or the memory too small.
+        """
         path = self.tokenizer_path
         tokenizer = None if path is None else Tokenizer.for_model(path, self.config.text)
-        return VisualGLM(self._load_backend(), tokenizer, name=self.name)
+        return VisualGLM(self._load_backend(threads), tokenizer, name=self.name)
 
-    def _load_backend(self) -> Backend:
+    def _load_backend(self, threads: int | None) -> Backend:
         if isinstance(self.directory, LiteDirectory):
             from visualglm.backends.onnx.load import load_onnx_backend
 
-            return load_onnx_backend(self.directory, self.device)
+            return load_onnx_backend(self.directory, self.device, threads)
         from visualglm.backends.torch.load import load_torch_backend
 
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
         return load_torch_backend(self.directory, self.device, self.dtype)
 
 
@@ -100,12 +110,19 @@ def load_model(
 
 
 def choose(
-    path: str | Path | None, *, backend: str, device: str, dtype: str, exporting: Exporting | None = None
+    path: str | Path | None,
+    *,
+    backend: str,
+    device: str,
+    dtype: str,
+    exporting: Exporting | None = None,
+    exporter: Exporter = cached_export,
 ) -> Choice:
     """Find what lies at `path` (None: the built-in model) and decide what runs it.
 
-    "auto" is torch on a GPU and onnx on a CPU. A model directory that onnx is to run is exported once, into the cache;
-    `exporting` gives the context in which the progress of that is shown. Raises a `VisualGLMError`.
+    "auto" is torch on a GPU and onnx on a CPU. A model directory that onnx is to run is exported by `exporter`:
+    once, into the cache. `exporting` gives the context in which the progress of that is shown.
+    Raises a `VisualGLMError`.
     """
     _check_known("backend", backend, get_args(BackendName))
     _check_known("precision", dtype, get_args(DTypeName))
@@ -117,7 +134,7 @@ def choose(
     if _use_torch(backend, device, dtype, export):
         _require_torch(dtype)
         return Choice(directory, "torch", device, dtype, name, directory.tokenizer_path)
-    return Choice(export.open(exporting), "onnx", device, dtype, name, directory.tokenizer_path)
+    return Choice(export.open(exporter, exporting), "onnx", device, dtype, name, directory.tokenizer_path)
 
 
 @dataclass(frozen=True)
@@ -132,10 +149,10 @@ class _Export:
     def can_be_had(self) -> bool:
         return self._comes_along or is_cached(self.directory, self.precision) or find_spec("onnx") is not None
 
-    def open(self, exporting: Exporting | None) -> LiteDirectory:
+    def open(self, exporter: Exporter, exporting: Exporting | None) -> LiteDirectory:
         if self._comes_along:
             return open_lite_directory(builtin_export())
-        return cached_export(self.directory, self.precision, exporting)
+        return exporter(self.directory, self.precision, exporting)
 
     @property
     def _comes_along(self) -> bool:

@@ -8,34 +8,42 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from base64 import b64encode
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
+from PIL import Image
 from typer import Argument, Option
 
+from visualglm.bandwidth import seconds_of
+from visualglm.benchmark import Figure, Plan, Result, measure_model
 from visualglm.checkpoint.files import write_file
+from visualglm.checkpoint.lite_dir import LiteDirectory, Precision, open_lite_directory
+from visualglm.checkpoint.model_dir import ModelDirectory
+from visualglm.cli.loading import choose_model
 from visualglm.cli.messages import Messages, print_table
 from visualglm.cli.options import ModelOptions
 from visualglm.errors import ConfigError
-from visualglm.loading import builtin_path
-
-if TYPE_CHECKING:
-    # Imports torch: not for the help of this command.
-    from visualglm.benchmark import Result
+from visualglm.export_cache import Exporting, require_export_tools
+from visualglm.loading import Choice, Exporter, builtin_export, builtin_path, choose
+from visualglm.random_model import PRESETS, write_random_model
 
 
 def bench(
     directory: Annotated[
-        Path | None, Argument(metavar="MODEL", help="Model directory, as --model; else the built-in model.")
+        Path | None, Argument(metavar="MODEL", help="Model directory or export, as --model; else the built-in.")
     ] = None,
     preset: Annotated[
         Literal["full", "medium", "tiny"] | None,
-        Option(help="Random weights instead: full takes 15.6 GB of disk and memory, medium 4.5, tiny nothing."),
+        Option(
+            help="Random weights instead: full takes 15.6 GB of disk, medium 4.5, tiny nothing; exports come on top."
+        ),
     ] = None,
     layers: Annotated[int | None, Option(metavar="N", min=1, help="Layers of the preset's decoder.")] = None,
     folder: Annotated[
@@ -59,10 +67,13 @@ def bench(
         if needed and not needed.is_dir():
             raise ConfigError(f"The folder {needed} does not exist; create it, or give another.")
     if preset:
-        with _random_model(preset, layers, folder, keep, messages) as path:
-            result = _measure(path, threads, repeats, options, messages)
+        found: AbstractContextManager[Choice] = _random_model(preset, layers, folder, keep, options, messages)
     else:
-        result = _measure(model or builtin_path(), threads, repeats, options, messages)
+        found = nullcontext(choose_model(replace(options, model=model), messages))
+    with found as choice:
+        result = measure_model(choice, Plan(repeats=repeats), threads=threads, tell=messages.tell)
+    messages.tell("the program itself")
+    result = replace(result, figures=(*result.figures, *_program_figures(repeats)))
     _show(result)
     if output:
         _write_json(output, result)
@@ -70,11 +81,11 @@ def bench(
 
 @contextmanager
 def _random_model(
-    preset: str, layers: int | None, folder: Path | None, keep: bool, messages: Messages
-) -> Iterator[Path]:
-    """A model directory of random weights, which is deleted behind the block unless it is to be kept."""
-    from visualglm.benchmark import PRESETS, write_random_model
-
+    preset: str, layers: int | None, folder: Path | None, keep: bool, options: ModelOptions, messages: Messages
+) -> Iterator[Choice]:
+    """A model of random weights, which is deleted behind the block unless it is to be kept."""
+    # What is missing to run it is told before gigabytes are written: found out with the built-in model in its place.
+    _choose(builtin_path(), options, _check_export_tools)
     config = PRESETS[preset]
     if layers:
         text = config.text.model_copy(update={"num_hidden_layers": layers})
@@ -85,29 +96,54 @@ def _random_model(
         messages.tell(f"writing random weights to {path}")
         with messages.byte_progress("writing") as report:
             write_random_model(path, config, report)
-        yield path
+        yield _choose(path, options, partial(_export_beside, messages))
     finally:
         if keep and path.exists():
-            messages.tell(f"kept: {path}")
+            messages.tell(f"kept: {', '.join(str(kept) for kept in sorted(scratch.iterdir()))}")
         else:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _measure(path: Path, threads: int | None, repeats: int, options: ModelOptions, messages: Messages) -> Result:
-    from visualglm.benchmark import Figure, Plan, measure_model
-
-    result = measure_model(
-        path, Plan(repeats=repeats), device=options.device, dtype=options.dtype, threads=threads, tell=messages.tell
-    )
-    seconds = Figure("visualglm --help", median(_help_seconds() for _ in range(repeats)), "s")
-    return replace(result, figures=(*result.figures, seconds))
+def _choose(path: Path, options: ModelOptions, exporter: Exporter) -> Choice:
+    return choose(path, backend=options.backend, device=options.device, dtype=options.dtype, exporter=exporter)
 
 
-def _help_seconds() -> float:
-    """How long this program takes to show its commands."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "visualglm.cli", "--help"], stdout=subprocess.DEVNULL, check=True)
-    return time.perf_counter() - start
+def _check_export_tools(model: ModelDirectory, precision: Precision, exporting: Exporting | None) -> LiteDirectory:
+    require_export_tools()
+    return open_lite_directory(builtin_export())
+
+
+def _export_beside(
+    messages: Messages, model: ModelDirectory, precision: Precision, exporting: Exporting | None
+) -> LiteDirectory:
+    """Not in the cache: nobody will ask random weights again. Nor are they worth more than plain rounding."""
+    from visualglm.export.onnx import ExportOptions, export_onnx
+
+    path = model.path.with_name(f"{model.path.name}-{precision}")
+    messages.tell(f"exporting it to {path}")
+    with messages.byte_progress("exporting") as report:
+        return export_onnx(model, path, ExportOptions(precision, method="rtn"), report=report)
+
+
+def _program_figures(repeats: int) -> list[Figure]:
+    """How long this program takes from its start to the list of its commands, and to the first token of an answer."""
+    ask = ("ask", "--quiet", "--max-new-tokens", "1", "--image", _picture_url(), "图里有什么？")
+    commands = {"visualglm --help": ("--help",), "visualglm ask, built-in model, first token": ask}
+    return [
+        Figure(name, median(_command_seconds(arguments) for _ in range(repeats)), "s")
+        for name, arguments in commands.items()
+    ]
+
+
+def _command_seconds(arguments: Sequence[str]) -> float:
+    command = [sys.executable, "-m", "visualglm.cli", *arguments]
+    return seconds_of(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True))
+
+
+def _picture_url() -> str:
+    file = BytesIO()
+    Image.new("RGB", (64, 64), "red").save(file, "PNG")
+    return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
 
 
 def _show(result: Result) -> None:
