@@ -9,8 +9,8 @@ import numpy as np
 
 from engine_worker import seconds_of
 from visualglm.backends.base import Backend
-from visualglm.config import TextConfig
-from visualglm.processing.layout import Layout, pad_batch
+from visualglm.benchmark import random_prompt
+from visualglm.processing.layout import Layout
 
 _ANY_TOKEN = 100
 
@@ -32,7 +32,7 @@ class BackendEngine:
         return seconds_of(lambda: self._backend.encode_images(pixels))
 
     def prefill(self, tokens: int) -> float:
-        layout = text_prompt(self._backend.config.text, tokens)
+        layout = random_prompt(self._backend.config, tokens, has_image=False)
         return seconds_of(lambda: self._backend.prefill(layout, [], tokens))
 
     def decode(self, context: int, batch: int, steps: int) -> float:
@@ -49,7 +49,7 @@ class BackendEngine:
         """A prompt of `context` tokens and its cache, computed once as long as no other is asked for."""
         if self._prompt is None or self._prompt[0].sequence_length != context:
             self._prompt = None  # the memory of its cache is needed for the next
-            layout = text_prompt(self._backend.config.text, context)
+            layout = random_prompt(self._backend.config, context, has_image=False)
             _, cache = self._backend.prefill(layout, [], context + steps)
             self._prompt = layout, cache
         return self._prompt
@@ -58,9 +58,3 @@ class BackendEngine:
         tokens = np.full(layout.batch_size, _ANY_TOKEN, np.int64)
         for _ in range(steps):
             tokens = self._backend.step(tokens, layout, cache).argmax(-1)
-
-
-def text_prompt(config: TextConfig, tokens: int) -> Layout:
-    """One row without an image."""
-    ids = [_ANY_TOKEN] * (tokens - 2) + [config.gmask_token_id, config.bos_token_id]
-    return pad_batch([ids], [None], pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id)

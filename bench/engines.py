@@ -17,14 +17,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
-import torch
 
 from engine_process import EngineProcess, running
 from engine_table import Cell, Run, Series, markdown
 from rivals import RIVALS, Rival, remove
-from visualglm.benchmark import PRESETS, ReadBandwidth, stolen_share
+from visualglm.bandwidth import Bandwidth, CpuReadBandwidth
+from visualglm.benchmark import stolen_share
 from visualglm.checkpoint.files import file_pieces
 from visualglm.config import VisualGLMConfig
+from visualglm.random_model import PRESETS
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ class Contest:
 
     def run(self, threads: int) -> Run:
         """Start all engines with so many threads, and measure."""
-        torch.set_num_threads(threads)
-        probe = ReadBandwidth(torch.device("cpu"))
+        probe = CpuReadBandwidth(threads)
         with ExitStack() as stack:
             processes = [stack.enter_context(self._start(rival, threads)) for rival in self.models]
             series = []
@@ -79,7 +79,7 @@ class Contest:
         read(model)
         return running(rival.name, rival.command(model, threads, self.environments))
 
-    def _measure(self, cell: Cell, able: Sequence[EngineProcess], probe: ReadBandwidth) -> list[Series]:
+    def _measure(self, cell: Cell, able: Sequence[EngineProcess], probe: Bandwidth) -> list[Series]:
         """Rounds of turns of the engines that are able to do it, after one that does not count."""
         request = cell.request(self.plan.steps)
         seconds: dict[str, list[float]] = {process.name: [] for process in able}
@@ -117,7 +117,7 @@ def prepared_models(
 ) -> Iterator[dict[Rival, Path]]:
     """The engines' models in `folder`; those that were not there are deleted afterwards, unless they are to stay."""
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [rival for rival in rivals if not rival.path(folder).exists()]
+    missing = [rival for rival in RIVALS.values() if rival in rivals and not rival.path(folder).exists()]
     try:
         for rival in missing:
             tell(f"writing the model of {rival.name}")

@@ -14,9 +14,11 @@ from engine_process import Command
 from ggml_model import ggml_step_bytes, write_ggml
 from ggml_weights import WeightType
 from gguf_model import gguf_step_bytes, write_gguf
-from visualglm.benchmark import step_bytes, write_random_model
+from visualglm.benchmark import export_step_bytes, step_bytes
+from visualglm.checkpoint.lite_dir import open_lite_directory
 from visualglm.checkpoint.model_dir import open_model_directory
 from visualglm.config import VisualGLMConfig
+from visualglm.random_model import write_random_model
 
 HERE = Path(__file__).parent
 _TORCH = "torch-bf16"
@@ -43,6 +45,7 @@ class Rival:
         if not python.exists():
             sys.exit(f"{self.name} needs {python}; set it up with: bench/setup_rivals.sh {environments}")
         variables = {"OMP_NUM_THREADS": str(threads)}
+        # The library of setup_rivals.sh by which chatglm.cpp learns of the number of threads.
         preload = python.parents[1] / "hardware_concurrency.so"
         if preload.exists():
             variables |= {"LD_PRELOAD": str(preload.resolve()), "HARDWARE_CONCURRENCY": str(threads)}
@@ -81,7 +84,7 @@ def _onnx(precision: Literal["int4", "int8"]) -> Rival:
         f"onnx-{precision}",
         "worker_onnx.py",
         lambda path, config: _export(path, config, precision),
-        lambda path, _: (path / "decoder.onnx.data").stat().st_size,
+        lambda path, _: export_step_bytes(open_lite_directory(path), columns=0),
     )
 
 
@@ -118,10 +121,11 @@ def _chatglm(kind: WeightType) -> Rival:
     )
 
 
+# In the order in which models are written: exports are made of the model for torch where it is there.
 _ALL = (
+    _torch(),
     _onnx("int4"),
     _onnx("int8"),
-    _torch(),
     _llama("q4_0"),
     _llama("q8_0"),
     _chatglm("q4_0"),

@@ -8,7 +8,8 @@ import pytest
 from ggml_model import ggml_step_bytes, ggml_weights, write_ggml
 from ggml_weights import RandomPieces, Weight
 from gguf_model import gguf_step_bytes, gguf_weights, write_gguf
-from visualglm.benchmark import PRESETS, step_bytes
+from visualglm.benchmark import step_bytes
+from visualglm.random_model import PRESETS
 
 FULL, TINY = PRESETS["full"], PRESETS["tiny"].text
 
