@@ -9,10 +9,10 @@ DEV := $(VENV)/.dev
 # Two makes at once must not install into one environment; where there is no flock (macOS), run one at a time.
 LOCK := $(shell command -v flock >/dev/null 2>&1 && echo flock $(VENV)/.lock)
 
-# What is installed is compiled when it is first imported (most of torch never is), and that must be kept.
+# What is installed is compiled when it is first imported (most of it never is), and that must be kept.
 unexport PYTHONDONTWRITEBYTECODE
-# The models that demo and tests run are too small to gain from threads, and lose much where other work is going on.
-demo test: export OMP_NUM_THREADS ?= 1
+# The models that tests run are too small to gain from threads, and lose much where other work is going on.
+test: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -46,22 +46,23 @@ clean: ## remove what make, the tests and the tools made; runs/ stays
 
 # --- environments -----------------------------------------------------------------------------------------------------
 
-# $(call install,EXTRA) does nothing if another make has done it while this one waited.
+# One environment, in two steps: for demo the package without extras, which has no torch; for all else the extra [dev] on
+# top. $(call install,[EXTRA]) does nothing if another make has done it while this one waited.
 define install
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo 'visualglm needs Python 3.11 or newer, and $(PYTHON) is not; run `make PYTHON=/path/to/python3.11 …`.' >&2; \
 	    exit 1; }
 	@mkdir -p $(VENV)
 	@$(LOCK) sh -euc 'test $@ -nt pyproject.toml && test $@ -nt constraints.txt && exit; \
-	    echo "setting up $(VENV) with the extra [$(1)], once; this takes a minute or two"; \
+	    echo "setting up $(VENV) with visualglm$(1), once; this takes a minute or two"; \
 	    $(PY) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv $(VENV); \
 	    $(PY) -m pip --disable-pip-version-check install --quiet --no-compile \
-	        --constraint constraints.txt --editable ".[$(1)]"; \
+	        --constraint constraints.txt --editable ".$(1)"; \
 	    touch $@'
 endef
 
 $(USE): pyproject.toml constraints.txt
-	$(call install,torch)
+	$(call install)
 
 $(DEV): $(USE)
-	$(call install,dev)
+	$(call install,[dev])
