@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # Many times the caches, and little beside the weights of a model.
 _PROBE_BYTES = 1 << 29
+# So that one thread that is held up does not hold up all.
+_PIECES_PER_THREAD = 4
 
 
 class Bandwidth(Protocol):
@@ -31,10 +33,10 @@ class CpuReadBandwidth:
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads)
         # The largest of whole numbers is found as fast as they come, and without the lock of the interpreter.
-        self._parts = np.array_split(np.ones(_PROBE_BYTES // 8, np.int64), threads)
+        self._pieces = np.array_split(np.ones(_PROBE_BYTES // 8, np.int64), _PIECES_PER_THREAD * threads)
 
     def measure(self) -> float:
-        return _bytes_per_second(lambda: list(self._pool.map(np.max, self._parts)))
+        return _bytes_per_second(lambda: list(self._pool.map(np.max, self._pieces)))
 
 
 class ReadBandwidth:
