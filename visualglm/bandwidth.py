@@ -39,7 +39,7 @@ class CpuReadBandwidth:
         return _bytes_per_second(lambda: list(self._pool.map(np.max, self._pieces)))
 
 
-class ReadBandwidth:
+class TorchReadBandwidth:
     """The memory of a torch device, read by all of its threads."""
 
     def __init__(self, device: torch.device) -> None:

@@ -24,7 +24,7 @@ import psutil
 from numpy.typing import NDArray
 
 from visualglm.backends.base import Backend, ImageEmbeds, KVCache
-from visualglm.bandwidth import Bandwidth, CpuReadBandwidth, ReadBandwidth, seconds_of
+from visualglm.bandwidth import Bandwidth, CpuReadBandwidth, TorchReadBandwidth, seconds_of
 from visualglm.checkpoint.files import file_pieces, require_folder
 from visualglm.checkpoint.lite_dir import LiteDirectory
 from visualglm.checkpoint.onnx_file import DATA_SUFFIX
@@ -34,28 +34,10 @@ from visualglm.loading import Choice, choose
 from visualglm.memory import BYTES_PER_ELEMENT
 from visualglm.parameters import parameter_count, parameter_shapes
 from visualglm.processing.layout import Layout, pad_batch
-from visualglm.random_model import PRESETS, write_random_model
 
 if TYPE_CHECKING:
     from visualglm.backends.onnx.backend import OnnxBackend
     from visualglm.backends.torch.backend import TorchBackend
-
-__all__ = [
-    "PRESETS",
-    "Benchmark",
-    "Decoding",
-    "Figure",
-    "Plan",
-    "ReadBandwidth",
-    "Result",
-    "Subject",
-    "measure_model",
-    "peak_memory",
-    "random_prompt",
-    "step_bytes",
-    "stolen_share",
-    "write_random_model",
-]
 
 _GB = 1e9
 # Decoding goes on from block to block; after so many tokens it begins again, for the context is to stay what is told.
@@ -157,7 +139,7 @@ def _torch_subject(choice: Choice, threads: int | None) -> Subject:
         count,
         parameter_count(backend.config) * size,
         partial(step_bytes, backend.config, element_bytes=size),
-        partial(CpuReadBandwidth, count) if on_cpu else partial(ReadBandwidth, backend.device),
+        partial(CpuReadBandwidth, count) if on_cpu else partial(TorchReadBandwidth, backend.device),
     )
 
 
