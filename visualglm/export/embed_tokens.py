@@ -5,7 +5,8 @@ from __future__ import annotations
 from onnx import TensorProto
 
 from visualglm.config import TextConfig
-from visualglm.export.layers import LayerError, Layers
+from visualglm.export.layers import Layers
+from visualglm.export.linear import LayerError
 from visualglm.export.onnx_graph import CONTRIB
 from visualglm.export.quantize import quantize_embedding
 
@@ -20,7 +21,9 @@ def add_embed_tokens(layers: Layers, config: TextConfig, block_size: int | None)
     graph = layers.graph
     ids = graph.input("input_ids", TensorProto.INT64, ["batch", "sequence"])
     if block_size is None:
-        embeds = graph.cast(graph.node("Gather", layers.stored_weight(_NAME), ids), TensorProto.FLOAT)
+        rows = layers.rows(_NAME)
+        table = graph.weight(_NAME, rows.onnx_type, rows.shape, rows.stored_pieces())
+        embeds = graph.cast(graph.node("Gather", table, ids), TensorProto.FLOAT)
     else:
         embeds = _quantized(layers, ids, block_size)
     graph.output("inputs_embeds", embeds, TensorProto.FLOAT, ["batch", "sequence", config.hidden_size])

@@ -21,7 +21,8 @@ from visualglm.config import VisualGLMConfig
 from visualglm.errors import ConfigError
 from visualglm.export import decoder
 from visualglm.export.embed_tokens import add_embed_tokens
-from visualglm.export.layers import LayerError, Layers, LinearFormat
+from visualglm.export.layers import Layers
+from visualglm.export.linear import BlockLinear, LayerError, Linear, RowLinear, StoredLinear
 from visualglm.export.onnx_graph import OnnxGraph
 from visualglm.export.quantize import Bits, Method
 from visualglm.export.vision_encoder import add_vision_encoder
@@ -112,22 +113,22 @@ def write_graphs(
     `wrote` is told the bytes of weights as they are written.
     """
     config, block_size = directory.config, form.block_size
-    encoder_format, decoder_format = LinearFormat(), LinearFormat()
+    of_encoder: Linear = StoredLinear()
+    of_decoder: Linear = StoredLinear()
     if block_size is not None:
-        encoder_format = LinearFormat(8, block_size, method)
-        decoder_format = LinearFormat(_BITS[form.precision], block_size, method)
+        of_encoder, of_decoder = RowLinear(), BlockLinear(_BITS[form.precision], block_size, method)
     cache = form.kv_cache if form.use_past else None
-    parts: dict[Graph, tuple[LinearFormat, Callable[[Layers], None]]] = {
-        "vision_encoder": (encoder_format, lambda layers: add_vision_encoder(layers, config)),
-        "embed_tokens": (encoder_format, lambda layers: add_embed_tokens(layers, config.text, block_size)),
-        "decoder": (decoder_format, lambda layers: decoder.add_decoder(layers, config.text, cache)),
+    parts: dict[Graph, tuple[Linear, Callable[[Layers], None]]] = {
+        "vision_encoder": (of_encoder, lambda layers: add_vision_encoder(layers, config)),
+        "embed_tokens": (of_encoder, lambda layers: add_embed_tokens(layers, config.text, block_size)),
+        "decoder": (of_decoder, lambda layers: decoder.add_decoder(layers, config.text, cache)),
     }
     float_type = TensorProto.FLOAT16 if form.precision == "fp16" else TensorProto.FLOAT
     errors = []
-    for name, (linear_format, add) in parts.items():
+    for name, (linear, add) in parts.items():
         path = folder / f"{name}.onnx"
         with closing(OnnxGraph(name, path.with_name(f"{path.name}.data"), float_type, wrote)) as graph:
-            layers = Layers(graph, directory.tensors, linear_format)
+            layers = Layers(graph, directory.tensors, linear)
             add(layers)
             graph.save(path, f"{name} of a VisualGLM: {form.title}")
         errors += layers.errors
