@@ -31,9 +31,11 @@ def load(
 ) -> VisualGLM:
     """Load a model.
 
-    path: a model directory; None is the small built-in model, which knows drawn shapes and short words only.
-    backend: "torch" or "auto". device: "cpu", "cuda", "cuda:1", "mps", "npu" or "auto".
-    dtype: "float32", "bfloat16", "float16" or "auto" (the weights' own where the device is quick at it).
+    path: a model directory or an export of one; None is the small built-in model, which knows drawn shapes and short
+    words only. backend: "onnx", "torch" or "auto" (onnx on a CPU, torch on a GPU). device: "cpu", "cuda", "cuda:1" or
+    "auto"; "mps" and "npu" with torch, "cann" with onnx. dtype: "float32", "bfloat16", "float16", "int8", "int4" or
+    "auto" (exact for small models; else int8 with onnx, and with torch as stored). A model directory that onnx is to
+    run is exported once, into the cache of the user.
     Raises `VisualGLMError` for whatever is missing, damaged, too large, or not to be had on this machine.
     """
     from visualglm.loading import load_model

@@ -217,7 +217,7 @@ def test_check_of_an_export(invoke: Invoke, lite: Path):
     assert (outcome.code, outcome.err) == (0, "")
     assert set(marks(outcome.out).values()) == {"✓"}
     for line in (
-        "✓  manifest.json             ONNX export, int4 in blocks of 32, KV cache int8, tried with onnxruntime 1.32.0",
+        "✓  manifest.json             ONNX export, int4 in blocks of 32, KV cache int8, made beside onnxruntime 1.32.0",
         "✓  decoder.onnx.data         256 bytes, hash as written",
         "✓  configuration             91,248 parameters, float16",
         "✓  graphs                    3, whose weights lie where they should",
@@ -267,7 +267,7 @@ def test_info_of_an_export(invoke: Invoke, tiny_model_dir: Path, lite: Path):
     for line in (
         f"model        {lite}",
         "parameters   91,248, 1 KiB",
-        "ONNX export  int4 in blocks of 32, KV cache int8, tried with onnxruntime 1.32.0",
+        "ONNX export  int4 in blocks of 32, KV cache int8, made beside onnxruntime 1.32.0",
         f"fingerprint  {open_model_directory(tiny_model_dir).fingerprint}, of the model it was made from",
         "tokenizer    tokenizer.model",
         "licence      Free to use.",

@@ -42,7 +42,7 @@ class LiteForm(BaseModel):
     """How the graphs of an export compute.
 
     kv_cache: type of keys and values, which means nothing without use_past. block_size: weights that share a scale,
-    None if they are not quantised. onnxruntime_version: what the export was tried with.
+    None if they are not quantised. onnxruntime_version: what was installed when the export was made.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -55,11 +55,11 @@ class LiteForm(BaseModel):
 
     @property
     def title(self) -> str:
-        """In words: "int4 in blocks of 128, KV cache float32, tried with onnxruntime 1.32.0"."""
+        """In words: "int4 in blocks of 128, KV cache float32, made beside onnxruntime 1.32.0"."""
         facts = [f"{self.precision} in blocks of {self.block_size}" if self.block_size else self.precision]
         facts.append(f"KV cache {self.kv_cache}" if self.use_past else "no KV cache")
         if self.onnxruntime_version:
-            facts.append(f"tried with onnxruntime {self.onnxruntime_version}")
+            facts.append(f"made beside onnxruntime {self.onnxruntime_version}")
         return ", ".join(facts)
 
 

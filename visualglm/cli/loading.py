@@ -10,7 +10,7 @@ from pathlib import Path
 from visualglm.checkpoint.progress import Report
 from visualglm.cli.messages import Messages
 from visualglm.cli.options import ImageOptions, ModelOptions
-from visualglm.loading import BUILTIN_NOTICE, Choice, choose
+from visualglm.loading import BUILTIN_NAME, BUILTIN_NOTICE, Choice, choose
 from visualglm.memory import available_memory, gib
 from visualglm.model import VisualGLM
 from visualglm.parameters import parameter_count
@@ -29,7 +29,9 @@ def choose_model(options: ModelOptions, messages: Messages) -> Choice:
 
     @contextmanager
     def exporting(place: Path) -> Iterator[Report]:
-        messages.tell(f"{options.model} has no export for ONNX Runtime yet; it is made once, as {place}")
+        messages.tell(
+            f"{options.model or BUILTIN_NAME} has no such export for ONNX Runtime yet; it is made once, as {place}"
+        )
         with messages.byte_progress("exporting") as report:
             yield report
 
