@@ -7,6 +7,7 @@ floats around zero here: code - 2**(bits - 1), from -8 to 7 with 4 bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,10 +16,9 @@ from visualglm.export.packed_weight import Bits, Floats
 
 Method = Literal["rtn", "search"]
 
-# Ranges to start from, as shares of the full one, and how often the best is solved and rounded once more. With 4 bits
-# nearly every block gains from clipping; with 8 nearly none does, and what is gained lies in how the codes fall.
-_SHRINKS: dict[Bits, tuple[float, ...]] = {4: (1.0, 0.93, 0.86, 0.79, 0.72), 8: (1.0, 0.985)}
-_REFINEMENTS: dict[Bits, int] = {4: 2, 8: 1}
+# Ranges to start from, as shares of the full one. With 4 bits nearly every block gains from clipping; with 8 nearly
+# none does, and what is gained lies in how the codes fall.
+_SHARES: dict[Bits, tuple[float, ...]] = {4: (1.0, 0.92, 0.84, 0.76), 8: (1.0, 0.985)}
 # Smaller numbers have no inverse in float32; blocks of such weights become zeros.
 _SMALLEST = np.finfo(np.float32).tiny
 # The most that a code times a scale may come to: a little less than where rounding overflows.
@@ -76,13 +76,8 @@ class Tile:
         """The grid of every block by `method`."""
         if method == "rtn":
             return self._start(1.0)
-        bits = self._range.bits
-        best, *others = (self._solve(self._start(share)) for share in _SHRINKS[bits])
-        for other in others:
-            best = _better(best, other)
-        for _ in range(_REFINEMENTS[bits]):
-            best = _better(best, self._solve(best))
-        return best
+        best = reduce(_better, (self._solve(self._start(share)) for share in _SHARES[self._range.bits]))
+        return _better(best, self._solve(best))
 
     def round(self, grid: Grid) -> Floats:
         """Codes of every value, [block_size, blocks], good until the next call."""

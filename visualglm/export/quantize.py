@@ -20,8 +20,8 @@ from visualglm.export.packed_weight import Bits, Bytes, Floats, Packing, Quantiz
 
 __all__ = ["Bits", "Method", "QuantizedEmbedding", "QuantizedWeight", "quantize_blocks", "quantize_embedding"]
 
-# Weights that one thread works on at once: with their codes they fit in the second-level cache of a core.
-_TILE = 1 << 16
+# Weights that one thread works on at once: few enough for the caches, so many that numpy's calls cost little.
+_TILE = 1 << 17
 # Weights by which symmetric and asymmetric codes are compared.
 _SAMPLE = 1 << 18
 # No input feature counts less than this share of the mean: that calibration saw little of it proves little.
