@@ -93,6 +93,33 @@ def test_a_model_is_exported_once(tiny_model_dir: Path, tmp_path: Path, monkeypa
     assert choose(tiny_model_dir, **options).load().backend.description == "onnx on cpu, int8" and len(told) == 3
 
 
+def test_processes_that_need_an_export_at_once_make_it_once(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    load = f"visualglm.load({str(tiny_model_dir)!r}, dtype='int8')"
+    code = f"import visualglm\nprint({load}.ask(None, 'Hi', max_new_tokens=3))"
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)
+    ]
+    ended = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], ended
+    assert len({out for out, _ in ended}) == 1 and {err for _, err in ended} == {b""}
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
+
+
+def test_what_is_no_export_is_not_deleted_from_the_cache(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    place = choose(tiny_model_dir, backend="onnx", device="cpu", dtype="int8").directory.path
+    (place / "manifest.json").unlink()
+    (place / "mine.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"could not be exported on first use: .* is not replaced"):
+        visualglm.load(tiny_model_dir, dtype="int8")
+    assert (place / "mine.txt").read_text() == "mine"
+
+
 def test_a_cache_that_cannot_be_written_is_told(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "cache"))

@@ -55,22 +55,28 @@ PRESETS = {
     ),
 }
 
+# Elements from where one tensor begins in the block to where the next does: many blocks of any quantisation.
+_STRIDE = 9973
 _BLOCK_ELEMENTS = 1 << 23
 
 
 @dataclass(frozen=True)
 class RepeatedTensor:
-    """A bfloat16 tensor, given as bits, whose elements are those of one block again and again."""
+    """A bfloat16 tensor, given as bits, whose elements are those of one block again and again, from `start` on.
+
+    Tensors that begin at different places differ: equal ones a runtime may keep only once, and read from its caches.
+    """
 
     block: NDArray[np.uint16] = field(repr=False)
     shape: Shape
+    start: int = 0
     dtype: str = "bfloat16"
 
     def array(self) -> NDArray[Any]:
-        return np.resize(self.block, self.shape)
+        return np.resize(self._turned(), self.shape)
 
     def pieces(self) -> Iterator[Piece]:
-        remaining, data = 2 * prod(self.shape), self.block.view(np.uint8).data
+        remaining, data = 2 * prod(self.shape), self._turned().view(np.uint8).data
         while remaining:
             piece = data[: min(remaining, len(data))]
             remaining -= len(piece)
@@ -80,6 +86,9 @@ class RepeatedTensor:
         """Itself: its order means nothing."""
         return self
 
+    def _turned(self) -> NDArray[np.uint16]:
+        return np.roll(self.block, -self.start)
+
 
 def write_random_model(path: Path, config: VisualGLMConfig, report: Report | None = None) -> ModelDirectory:
     """Write a model directory of small random bfloat16 weights, without a tokenizer, as fast as the disk takes it.
@@ -88,5 +97,6 @@ def write_random_model(path: Path, config: VisualGLMConfig, report: Report | Non
     """
     values = np.random.default_rng(0).normal(0, 0.02, _BLOCK_ELEMENTS).astype(np.float32)
     block = (values.view(np.uint32) >> 16).astype(np.uint16)
-    tensors = {name: RepeatedTensor(block, shape) for name, shape in parameter_shapes(config).items()}
+    shapes = parameter_shapes(config).items()
+    tensors = {name: RepeatedTensor(block, shape, _STRIDE * index) for index, (name, shape) in enumerate(shapes)}
     return write_model_directory(path, Checkpoint(config, tensors, Source(format="random")), report=report)

@@ -100,3 +100,10 @@ def test_memory_is_that_of_the_weights_as_they_are_run(tiny_model_dir: Path, tmp
 
 def test_threads_are_those_of_real_cores_that_may_be_used():
     assert 1 <= core_count() <= (os.cpu_count() or 1)
+
+
+def test_weights_that_lie_elsewhere_through_a_link(lite: Path, tmp_path: Path):
+    (lite / "decoder.onnx.data").rename(tmp_path / "elsewhere")
+    (lite / "decoder.onnx.data").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"is a link to another folder .*; put the file itself there"):
+        visualglm.load(lite)

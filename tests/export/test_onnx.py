@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from visualglm.checkpoint.lite_dir import GRAPHS, LiteDirectory, open_lite_directory, verify_lite
 from visualglm.checkpoint.model_dir import open_model_directory
+from visualglm.checkpoint.tensors import LazyTensor
 from visualglm.config import TextConfig
 from visualglm.errors import CheckpointError, ConfigError
 from visualglm.export.decoder import halves_apart, rotary_tables
@@ -115,7 +117,11 @@ def test_the_expected_size_is_that_of_the_weights(export: Export, tiny_model_dir
     ("options", "message"),
     [
         ({"precision": "fp32", "block_size": 64}, "Blocks of 64 are for int4 and int8; leave them out for fp32."),
-        ({"precision": "int4", "block_size": 48}, "power of two"),
+        ({"precision": "int4", "block_size": 48}, "cannot be run; give 16, 32, 64, 128, 256"),
+        ({"precision": "int4", "block_size": -1}, "Blocks of -1 weights cannot be run"),
+        ({"precision": "int4", "block_size": 0}, "Blocks of 0 weights cannot be run"),
+        ({"precision": "int4", "block_size": 512}, "Blocks of 512 weights cannot be run"),
+        ({"precision": "int4", "use_past": False, "kv_cache": "int8"}, "An export without a KV cache has none of int8"),
         ({"precision": "fp16", "kv_cache": "int8"}, "An fp16 export has a float16 cache, not int8"),
     ],
 )
@@ -134,6 +140,29 @@ def test_nothing_is_left_of_an_export_that_fails(tiny_model_dir: Path, tmp_path:
     monkeypatch.setattr("visualglm.export.onnx_graph.OnnxGraph.save", full)
     with pytest.raises(CheckpointError, match="The disk is full"):
         export_onnx(open_model_directory(tiny_model_dir), tmp_path / "out", ExportOptions("int8"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision.layers.0.attention.qkv.bias",
+        "vision.patch_embed.weight",
+        "text.layers.1.mlp.fc1.weight",
+        "text.norm.weight",
+        "text.word_embeddings.weight",
+        "text.lm_head.weight",
+    ],
+)
+def test_weights_that_are_not_finite_are_named(tiny_model_dir: Path, tmp_path: Path, precision: str, name: str):
+    """Rounded to whole numbers they would give an answer like any other."""
+    directory = open_model_directory(tiny_model_dir)
+    array = np.array(directory.tensors[name].array())
+    array.reshape(-1)[-1] = np.nan
+    damaged = {**directory.tensors, name: LazyTensor("float16", array.shape, lambda: array)}
+    with pytest.raises(CheckpointError, match=f"The tensor {name} holds values that are not finite"):
+        export_onnx(replace(directory, tensors=damaged), tmp_path / "out", ExportOptions(precision))
     assert not list(tmp_path.iterdir())
 
 

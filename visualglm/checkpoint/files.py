@@ -21,6 +21,7 @@ if sys.platform != "win32":
     import fcntl
 
 _LONGEST_NAME = 100
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -198,6 +199,27 @@ def _locked_folder(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """Hold the file `path`, which is made for it, against other processes; waits for one that holds it.
+
+    Where the file system has no locks, two processes at once go unnoticed.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -205,7 +227,7 @@ def _lock(descriptor: int, folder: Path) -> None:
         message = f"Another process is writing {folder}; wait for it, or give another folder."
         raise CheckpointError(message) from error
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        if error.errno not in _NO_LOCKS:
             raise
 
 

@@ -125,6 +125,8 @@ def open_lite_directory(path: Path | str) -> LiteDirectory:
     for name in GRAPHS:
         data = manifest.files.get(_data_file(name))
         graph = path / _graph_file(name)
+        if data:
+            _require_neighbours(graph, path / _data_file(name))
         check_external_data(graph, _read_unchanged(graph, manifest), data.size if data else None)
     return LiteDirectory(path, VisualGLMConfig.from_file(path / CONFIG), manifest, tokenizer_path)
 
@@ -175,6 +177,15 @@ def _manifest(folder: Path, model: ModelDirectory, form: LiteForm, report: Repor
         tokenizer_sha256=hashes.get(TOKENIZER),
         files={name: FileRecord(sha256=hashes[name], size=(folder / name).stat().st_size) for name in names},
     )
+
+
+def _require_neighbours(graph: Path, data: Path) -> None:
+    """ONNX Runtime takes weights from the folder only that the graph really lies in."""
+    if graph.resolve().parent != data.resolve().parent:
+        raise CheckpointError(
+            f"{data} is a link to another folder than {graph.name} lies in, where weights are not looked for; "
+            "put the file itself there."
+        )
 
 
 def _sync(file: Path) -> None:

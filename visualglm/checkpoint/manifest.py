@@ -74,7 +74,7 @@ class FolderManifest(BaseModel):
     model_config = ConfigDict(frozen=True)
     kind: ClassVar[FolderKind]
 
-    format_version: int = 1
+    format_version: Annotated[int, Field(strict=True, ge=1)] = 1
     parameter_count: NonNegativeInt
     source: Source
     files: dict[str, FileRecord]

@@ -39,6 +39,8 @@ def run(arguments: Sequence[str]) -> int | str | None:
         if isinstance(error, OSError):
             discard(sys.stdout)
         return _fail(_sentence(error), EXIT_ERROR)
+    except MemoryError:
+        return _fail("The memory does not suffice; close other programs, or use a smaller batch or model.", EXIT_ERROR)
     except Exception as error:
         remedy = f"set {DEBUG_VARIABLE}=1 to see where, and report it"
         return _fail(f"This is a fault in the program ({type(error).__name__}: {error}); {remedy}.", EXIT_FAULT)

@@ -29,9 +29,9 @@ class Layers:
 
         order: output i is what was output order[i]. gain: x comes this much too large, which the weights undo.
         """
-        weight, bias_name = Rows(self._tensors[f"{name}.weight"], order), ""
+        weight, bias_name = self.rows(f"{name}.weight", order), ""
         if bias:
-            bias_name = self.graph.floats(f"{name}.bias", Rows(self._tensors[f"{name}.bias"], order)[:])
+            bias_name = self.graph.floats(f"{name}.bias", self.rows(f"{name}.bias", order)[:])
         result = self._linear.add(self.graph, x, name, weight, bias_name, gain)
         error = self._linear.error_of(name)
         self.errors += [error] if error else []
@@ -64,5 +64,5 @@ class Layers:
         """A small parameter, in the type that the graph computes in."""
         return self.graph.floats(name, self.rows(name)[:])
 
-    def rows(self, name: str) -> Rows:
-        return Rows(self._tensors[name])
+    def rows(self, name: str, order: NDArray[np.int64] | None = None) -> Rows:
+        return Rows(name, self._tensors[name], order)

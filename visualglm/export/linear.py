@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from visualglm.checkpoint.tensors import StoredTensor
+from visualglm.errors import CheckpointError
 from visualglm.export.onnx_graph import CONTRIB, OnnxGraph
 from visualglm.export.quantize import Bits, Method, quantize_blocks
 from visualglm.parameters import Shape
@@ -22,13 +23,20 @@ Floats = NDArray[np.float32]
 _PIECE = 1 << 26
 # MatMulNBits rounds its input to int8 by the same blocks: what makes it fast on a CPU.
 _INT8_ACTIVATIONS = 4
+# All ones in a number that is infinite or none at all.
+_BFLOAT16_EXPONENT = np.uint16(0x7F80)
 _STORED_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A stored matrix whose rows come as float32 when they are asked for; row i is row order[i] of what is stored."""
+    """A stored tensor whose rows come as float32 when they are asked for; row i is row order[i] of what is stored.
 
+    Raises `CheckpointError`, when they are read, for values that are not finite: rounded to whole numbers they would
+    look like any others.
+    """
+
+    name: str
     stored: StoredTensor
     order: NDArray[np.int64] | None = None
 
@@ -37,23 +45,33 @@ class Rows:
         return self.stored.shape
 
     def __getitem__(self, rows: slice, /) -> Floats:
-        return as_float32(self._array[rows if self.order is None else self.order[rows]], self.stored.dtype)
+        picked = self._array[rows if self.order is None else self.order[rows]]
+        return as_float32(self._finite(picked), self.stored.dtype)
 
     def stored_pieces(self) -> Iterator[NDArray[Any]]:
         """The rows as they are stored."""
         step = max(1, _PIECE // self.shape[1])
-        return (self._array[start : start + step] for start in range(0, self.shape[0], step))
+        return (self._finite(self._array[start : start + step]) for start in range(0, self.shape[0], step))
 
     def stored_columns(self) -> Iterator[NDArray[Any]]:
         """The transposed matrix as it is stored, some of its rows at a time."""
         array = self._array if self.order is None else self._array[self.order]
         step = max(1, _PIECE // self.shape[0])
-        return (array[:, start : start + step].T for start in range(0, self.shape[1], step))
+        return (self._finite(array[:, start : start + step]).T for start in range(0, self.shape[1], step))
 
     @property
     def onnx_type(self) -> int:
         """Of what is stored."""
         return int(_STORED_TYPES[self.stored.dtype])
+
+    def _finite(self, array: NDArray[Any]) -> NDArray[Any]:
+        is_bits = self.stored.dtype == "bfloat16"
+        if not ((array & _BFLOAT16_EXPONENT) != _BFLOAT16_EXPONENT if is_bits else np.isfinite(array)).all():
+            raise CheckpointError(
+                f"The tensor {self.name} holds values that are not finite numbers, which cannot be exported; "
+                "get or convert the checkpoint again."
+            )
+        return array
 
     @cached_property
     def _array(self) -> NDArray[Any]:

@@ -31,6 +31,8 @@ from visualglm.memory import CacheType
 ERRORS = "quantization.json"
 # As large as keeps an export of the full size fast; narrow layers would lose too much by it.
 _BLOCK_SIZE, _SMALL_BLOCK_SIZE, _WIDE = 128, 32, 1024
+# Those that MatMulNBits has.
+_BLOCK_SIZES = (16, 32, 64, 128, 256)
 _BITS: dict[Precision, Bits] = {"int4": 4, "int8": 8}
 _GRAPH_BYTES = 4_000_000
 
@@ -54,10 +56,10 @@ class ExportOptions:
     def form(self, config: VisualGLMConfig) -> LiteForm:
         """The options with all that is left open decided; raises `ConfigError` if they contradict one another."""
         quantized = self.precision in _BITS
-        if not quantized and self.block_size is not None:
-            raise ConfigError(
-                f"Blocks of {self.block_size} are for int4 and int8; leave them out for {self.precision}."
-            )
+        if self.block_size is not None:
+            self._check_block_size(self.block_size, quantized)
+        if not self.use_past and self.kv_cache != "auto":
+            raise ConfigError(f"An export without a KV cache has none of {self.kv_cache}; leave one of the two out.")
         if self.precision == "fp16" and self.kv_cache != "auto":
             raise ConfigError(f"An fp16 export has a float16 cache, not {self.kv_cache}; leave the choice out.")
         default = _BLOCK_SIZE if config.text.hidden_size >= _WIDE else _SMALL_BLOCK_SIZE
@@ -68,6 +70,12 @@ class ExportOptions:
             block_size=(self.block_size or default) if quantized else None,
             onnxruntime_version=_onnxruntime_version(),
         )
+
+    def _check_block_size(self, size: int, quantized: bool) -> None:
+        if not quantized:
+            raise ConfigError(f"Blocks of {size} are for int4 and int8; leave them out for {self.precision}.")
+        if size not in _BLOCK_SIZES:
+            raise ConfigError(f"Blocks of {size} weights cannot be run; give {', '.join(map(str, _BLOCK_SIZES))}.")
 
     def _cache_type(self, quantized: bool) -> CacheType:
         if self.kv_cache != "auto":

@@ -27,8 +27,8 @@ class Sampler:
         """The token that follows, from float32 logits [vocab]. Raises `VisualGLMError` if they are not finite."""
         if not np.isfinite(logits).all():
             raise VisualGLMError(
-                "The model's output is not a finite number: in float16 numbers overflowed, so load it in bfloat16; "
-                "in another precision the weights or the pixels are damaged, so get them again."
+                "The model's output is not a finite number: in float16 numbers overflowed, so load it in another "
+                "precision; else weights (`visualglm check` tells) or pixels are damaged, so get them again."
             )
         scores = self._penalised(logits)
         token = self._draw(scores) if self._config.samples else int(scores.argmax())
