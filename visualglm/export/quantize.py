@@ -20,8 +20,10 @@ from visualglm.export.packed_weight import Bits, Bytes, Floats, Packing, Quantiz
 
 __all__ = ["Bits", "Method", "QuantizedEmbedding", "QuantizedWeight", "quantize_blocks", "quantize_embedding"]
 
-# Weights that one thread works on at once: few enough for the caches, so many that numpy's calls cost little.
-_TILE = 1 << 17
+# Weights that one thread works on at once. Short calls of numpy hold up the other threads, so they must be few.
+_TILE = 1 << 19
+# More would wait for one another, and take more than 100 MiB.
+_MOST_THREADS = 8
 # Weights by which symmetric and asymmetric codes are compared.
 _SAMPLE = 1 << 18
 # No input feature counts less than this share of the mean: that calibration saw little of it proves little.
@@ -118,7 +120,7 @@ def check_finite(peaks: Floats | np.float32, name: str) -> None:
 def in_parallel(quantize: Callable[[slice], NDArray[np.float64]], rows: int, step: int, threads: int | None) -> float:
     """Call `quantize`, which gives squared error and square, on every `step` rows, and tell the share of the one."""
     parts = (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(threads or min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
         error, energy = sum(pool.map(quantize, parts), np.zeros(2))
     return float(error / energy) if energy else 0.0
 
