@@ -35,10 +35,6 @@ class QuantizedWeight:
         """Of the matrix that is meant, [out, in]."""
         return len(self.data), self.in_features
 
-    @property
-    def nbytes(self) -> int:
-        return self.data.nbytes + self.scales.nbytes + (0 if self.zero_points is None else self.zero_points.nbytes)
-
     def codes(self) -> Bytes:
         """uint8 [out, k_blocks, block_size]."""
         return unpack(self.data, self.bits)
