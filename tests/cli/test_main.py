@@ -95,7 +95,7 @@ def test_output_on_a_full_disk(tiny_model_dir: Path):
 
 
 def test_ctrl_c(tiny_model_dir: Path):
-    process = spawn("chat", "--model", tiny_model_dir)
+    process = spawn("chat", "--model", tiny_model_dir, "--backend", "torch")
     assert process.stderr
     assert process.stderr.readline().startswith("loaded ")
     process.send_signal(signal.SIGINT)
