@@ -55,12 +55,33 @@ def add_decoder(layers: Layers, config: TextConfig, cache: CacheType | None) -> 
     keep = graph.input("logits_to_keep", TensorProto.INT64, [1])
     for index in range(config.num_hidden_layers):
         x = _layer(layers, config, index, x, _Attention(layers, config, index, inputs, cache))
-    x = layers.layer_norm(x, "text.norm", config.layer_norm_eps)
     end = graph.constant("end", np.array([np.iinfo(np.int64).max]))
     kept = graph.node("Slice", x, graph.node("Neg", keep), end, graph.constant("axis_1", [1]))
-    logits = layers.linear(kept, "text.lm_head", bias=False)
-    shape: Shape = ["batch", "logits_to_keep", config.vocab_size]
-    graph.output("logits", graph.cast(logits, TensorProto.FLOAT), TensorProto.FLOAT, shape)
+    _add_logits(layers, config, kept, "logits_to_keep")
+
+
+def add_decoder_layer(layers: Layers, config: TextConfig, index: int) -> None:
+    """One layer alone, without a cache: its input as `inputs_embeds`, with the positions and the bias of `add_decoder`.
+
+    Output: hidden_states: float32 [batch, sequence, width].
+    """
+    graph = layers.graph
+    shape: Shape = ["batch", "sequence", config.hidden_size]
+    x = graph.input("inputs_embeds", TensorProto.FLOAT, shape)
+    x = _layer(layers, config, index, x, _Attention(layers, config, index, _inputs(layers, config), None))
+    graph.output("hidden_states", x, TensorProto.FLOAT, shape)
+
+
+def add_decoder_head(layers: Layers, config: TextConfig) -> None:
+    """What comes behind the layers alone: their output as `inputs_embeds` → `logits`, of every column."""
+    x = layers.graph.input("inputs_embeds", TensorProto.FLOAT, ["batch", "sequence", config.hidden_size])
+    _add_logits(layers, config, x, "sequence")
+
+
+def _add_logits(layers: Layers, config: TextConfig, x: str, columns: str) -> None:
+    normed = layers.layer_norm(x, "text.norm", config.layer_norm_eps)
+    logits = layers.graph.cast(layers.linear(normed, "text.lm_head", bias=False), TensorProto.FLOAT)
+    layers.graph.output("logits", logits, TensorProto.FLOAT, ["batch", columns, config.vocab_size])
 
 
 def _layer(layers: Layers, config: TextConfig, index: int, x: str, attention: _Attention) -> str:
