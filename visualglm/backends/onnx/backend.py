@@ -65,7 +65,7 @@ class OnnxBackend:
             return self._run_all(layout, embeds, keep=1)[:, -1], GrowingPrompt(embeds, layout.input_ids)
         kind = self._input_types[_CACHED]
         cache = KVCache(self.config.text, layout.pad_lengths, capacity, kind, self.device)
-        return self._run_cached(embeds, layout.position_ids(), _bias(layout.attention_mask()), cache), cache
+        return self._run_cached(embeds, layout.position_ids(), attention_bias(layout.attention_mask()), cache), cache
 
     @computes
     def step(self, token_ids: NDArray[np.int64], layout: Layout, cache: KVCache | GrowingPrompt) -> NDArray[np.float32]:
@@ -78,7 +78,7 @@ class OnnxBackend:
         visible = np.ones((1, 1, column + 1), np.bool_)
         if cache.has_pads:
             visible = np.arange(column + 1) >= layout.pad_lengths[:, None, None]
-        return self._run_cached(embeds, layout.position_ids(column, column + 1), _bias(visible), cache)
+        return self._run_cached(embeds, layout.position_ids(column, column + 1), attention_bias(visible), cache)
 
     @computes
     def logits(self, layout: Layout, image_embeds: Sequence[ImageEmbeds]) -> NDArray[np.float32]:
@@ -87,9 +87,7 @@ class OnnxBackend:
     def _embed(self, layout: Layout, image_embeds: Sequence[ImageEmbeds]) -> NDArray[np.float32]:
         """[batch, sequence, width], with each image in its row's slots."""
         embeds = self._lookup(layout.input_ids)
-        for row, image in zip(np.flatnonzero(layout.image_starts >= 0), image_embeds, strict=True):
-            start = layout.image_starts[row]
-            embeds[row, start : start + len(image.array)] = image.array
+        fill_slots(embeds, layout, image_embeds)
         return embeds
 
     def _lookup(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -98,7 +96,7 @@ class OnnxBackend:
 
     def _run_all(self, layout: Layout, embeds: NDArray[np.float32], *, keep: int) -> NDArray[np.float32]:
         """Logits [batch, keep, vocab] of the last columns of a whole prompt; nothing is cached."""
-        inputs = _inputs(embeds, layout.position_ids(), _bias(layout.attention_mask()), keep)
+        inputs = _inputs(embeds, layout.position_ids(), attention_bias(layout.attention_mask()), keep)
         if self.has_cache:
             empty = KVCache(self.config.text, layout.pad_lengths, 0, self._input_types[_CACHED], self.device)
             inputs |= {f"past_key_values.{name}": buffer.numpy() for name, buffer in empty.buffers.items()}
@@ -137,6 +135,13 @@ def _inputs(
     }
 
 
-def _bias(visible: NDArray[np.bool_]) -> NDArray[np.float32]:
+def fill_slots(embeds: NDArray[np.float32], layout: Layout, image_embeds: Sequence[ImageEmbeds]) -> None:
+    """Put the images of the rows that have one into their slots of `embeds` [batch, sequence, width]."""
+    for row, image in zip(np.flatnonzero(layout.image_starts >= 0), image_embeds, strict=True):
+        start = layout.image_starts[row]
+        embeds[row, start : start + len(image.array)] = image.array
+
+
+def attention_bias(visible: NDArray[np.bool_]) -> NDArray[np.float32]:
     """[batch, columns, total] of what is seen → what is added to the scores, [batch, 1, columns, total]."""
     return np.where(visible, np.float32(0), _HIDDEN)[:, None]

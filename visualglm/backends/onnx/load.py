@@ -26,13 +26,18 @@ def load_onnx_backend(directory: LiteDirectory, device: str = "auto", threads: i
     if target.kind == CPU:
         require_memory(directory.memory, available_memory(), "this machine")
     if threads is None:
-        threads = 1 if directory.manifest.parameter_count < _SMALL_MODEL else core_count()
+        threads = default_threads(directory.manifest.parameter_count)
     sessions: dict[str, InferenceSession] = {}
     for name, (inputs, outputs) in _signatures(directory).items():
         path = directory.graph(name)
         sessions[name] = open_session(path, target, threads)
         require_signature(sessions[name], path, inputs, outputs)
     return OnnxBackend(directory.config, sessions, target, directory.manifest.precision)
+
+
+def default_threads(parameter_count: int) -> int:
+    """How many compute a model of this size best."""
+    return 1 if parameter_count < _SMALL_MODEL else core_count()
 
 
 def _signatures(directory: LiteDirectory) -> dict[Graph, tuple[Shapes, Shapes]]:
