@@ -139,6 +139,17 @@ def test_replies_count_tokens(model: VisualGLM, pairs):
     assert model.ask_batch([]) == []
 
 
+def test_each_row_of_a_batch_has_its_own_history(model: VisualGLM, pairs):
+    histories = [[("What?", "a cat")] * (index % 3) for index in range(len(pairs))]
+    replies = model.reply_batch(pairs, histories=histories, batch_size=4, **SHORT)
+    assert [reply.text for reply in replies] == [
+        model.ask(image, question, history=history, **SHORT)
+        for (image, question), history in zip(pairs, histories, strict=True)
+    ]
+    with pytest.raises(PromptError, match=f"There are 1 histories for {len(pairs)} questions"):
+        model.reply_batch(pairs, histories=[()], **SHORT)
+
+
 @pytest.mark.parametrize(
     ("pairs", "options", "message"),
     [

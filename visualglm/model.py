@@ -144,11 +144,15 @@ class VisualGLM:
         self,
         pairs: Iterable[tuple[ImageSource | None, str]],
         *,
+        histories: Sequence[Sequence[Turn]] | None = None,
         batch_size: int = 16,
         language: Language = "auto",
         **generation: Any,
     ) -> list[Reply]:
-        """As `ask_batch`, with the token counts of each answer."""
+        """As `ask_batch`, with the token counts of each answer.
+
+        histories: for each pair its earlier (question, answer) pairs, the oldest first; None: there are none.
+        """
         if not isinstance(batch_size, int | np.integer):
             raise PromptError(f"batch_size is {brief(batch_size)}, but must be a whole number; give 1 or more.")
         if batch_size < 1:
@@ -159,9 +163,13 @@ class VisualGLM:
             )
         config = GenerationConfig.from_options(**generation)
         rows = [_pair(row, number) for number, row in enumerate(pairs, 1)]
+        if histories is None:
+            histories = [()] * len(rows)
+        if len(histories) != len(rows):
+            raise PromptError(f"There are {len(histories)} histories for {len(rows)} questions; give one for each.")
         prompts = [
-            self.prompt(question, has_image=image is not None, language=language, config=config)
-            for image, question in rows
+            self.prompt(question, history=history, has_image=image is not None, language=language, config=config)
+            for (image, question), history in zip(rows, histories, strict=True)
         ]
         replies: dict[int, Reply] = {}
         by_length = sorted(range(len(rows)), key=lambda index: len(prompts[index].input_ids))
