@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
-from visualglm.config import VisualGLMConfig
+from visualglm.config import TextConfig, VisualGLMConfig
 from visualglm.processing.image import preprocess
 from visualglm.processing.layout import Layout, pad_batch
-from visualglm.processing.prompt import build_prompt
+from visualglm.processing.prompt import Language as PromptLanguage
+from visualglm.processing.prompt import Turn, build_prompt
 from visualglm.processing.tokenizer import Tokenizer
 from visualglm.scenes.draw import draw_jumble, draw_scene
 from visualglm.scenes.questions import ask_about, place_of
@@ -30,7 +31,7 @@ from visualglm.scenes.scene import (
     make_jumble,
     make_scene,
 )
-from visualglm.scenes.wording import KINDS, LANGUAGES, NO_PICTURE, TEXT_ONLY, Language
+from visualglm.scenes.wording import KINDS, LANGUAGES, NO_PICTURE, TEXT_ONLY
 
 IGNORED_LABEL = -100
 HELD_OUT_SEEDS = 1 << 40  # scenes from this seed on are never trained on
@@ -63,10 +64,11 @@ class SceneBatch:
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
+    """A prompt and its answer: the prompt's ids up to `<sop>`, then the answer's and eos; `scene` is -1 without one."""
+
     ids: tuple[int, ...]
     image_start: int | None
-    context: int
     scene: int
 
 
@@ -126,9 +128,9 @@ class SceneBatches:
         rows += [self._text_only_row(rng) for _ in range(max(1, len(rows) // 50))]
         rows.sort(key=lambda row: len(row.ids))
         cuts = [0, int(0.5 * len(rows)), int(0.8 * len(rows)), len(rows)]
-        return tuple(self._pad(rows[start:stop]) for start, stop in pairwise(cuts))
+        return tuple(pad_rows(rows[start:stop], self.config.text) for start, stop in pairwise(cuts))
 
-    def _scene_rows(self, scene: Scene, index: int, rng: np.random.Generator) -> list[_Row]:
+    def _scene_rows(self, scene: Scene, index: int, rng: np.random.Generator) -> list[Row]:
         kinds = ["describe", *rng.choice(_ASKED_KINDS, self.plan.questions - 1)]
         rows = []
         for kind in kinds:
@@ -139,10 +141,11 @@ class SceneBatches:
             )
             if asked is not None:
                 history = [(earlier.question, earlier.answer)] if earlier is not None else []
-                rows.append(self._row(asked.question, asked.answer, history, language, index))
+                turn = (asked.question, asked.answer)
+                rows.append(make_row(self.tokenizer, self.config, turn, language, index, history))
         return rows
 
-    def _text_only_row(self, rng: np.random.Generator) -> _Row:
+    def _text_only_row(self, rng: np.random.Generator) -> Row:
         language = LANGUAGES[int(rng.integers(2))]
         if rng.random() < 0.5:
             question, answer = TEXT_ONLY[language][int(rng.integers(len(TEXT_ONLY[language])))]
@@ -150,35 +153,47 @@ class SceneBatches:
             kind = KINDS[int(rng.integers(len(KINDS)))]
             asked = ask_about(make_scene(int(rng.integers(HELD_OUT_SEEDS))), kind, language, rng)
             question, answer = (asked.question if asked else "?"), NO_PICTURE[language]
-        return self._row(question, answer, [], language, -1)
+        return make_row(self.tokenizer, self.config, (question, answer), language, -1)
 
-    def _row(
-        self, question: str, answer: str, history: Sequence[tuple[str, str]], language: Language, scene: int
-    ) -> _Row:
-        prompt = build_prompt(
-            self.tokenizer,
-            self.config,
-            question,
-            history=history,
-            has_image=scene >= 0,
-            language=language,
-            max_new_tokens=_LONGEST_ANSWER,
-        )
-        ids = (*prompt.input_ids, *self.tokenizer.encode(answer), self.config.text.eos_token_id)
-        return _Row(ids, prompt.image_start, len(prompt.input_ids) - 1, scene)
 
-    def _pad(self, rows: Sequence[_Row]) -> Rows:
-        text = self.config.text
-        layout = pad_batch(
-            [row.ids for row in rows],
-            [row.image_start for row in rows],
-            pad_token_id=text.pad_token_id,
-            bos_token_id=text.bos_token_id,
-        )
-        columns = np.arange(layout.sequence_length)
-        answers = columns >= (layout.pad_lengths + layout.context_lengths)[:, None]
-        labels = np.where(answers, layout.input_ids, IGNORED_LABEL)
-        return Rows(layout, labels, np.array([row.scene for row in rows], np.int64))
+def make_row(
+    tokenizer: Tokenizer,
+    config: VisualGLMConfig,
+    turn: Turn,
+    language: PromptLanguage,
+    scene: int,
+    history: Sequence[Turn] = (),
+) -> Row:
+    """A question, with the picture of a scene unless that is -1, and its answer, cut where the model's window ends.
+
+    Raises `PromptError` if there is no room for question and answer.
+    """
+    question, answer = turn
+    prompt = build_prompt(
+        tokenizer,
+        config,
+        question,
+        history=history,
+        has_image=scene >= 0,
+        language=language,
+        max_new_tokens=_LONGEST_ANSWER,
+    )
+    ids = (*prompt.input_ids, *tokenizer.encode(answer), config.text.eos_token_id)
+    return Row(ids[: config.text.max_sequence_length], prompt.image_start, scene)
+
+
+def pad_rows(rows: Sequence[Row], text: TextConfig) -> Rows:
+    """Rows of one forward pass, left-padded; every token from `<sop>` on is a label."""
+    layout = pad_batch(
+        [row.ids for row in rows],
+        [row.image_start for row in rows],
+        pad_token_id=text.pad_token_id,
+        bos_token_id=text.bos_token_id,
+    )
+    columns = np.arange(layout.sequence_length)
+    answers = columns >= (layout.pad_lengths + layout.context_lengths)[:, None]
+    labels = np.where(answers, layout.input_ids, IGNORED_LABEL)
+    return Rows(layout, labels, np.array([row.scene for row in rows], np.int64))
 
 
 def sample_pixels(image_size: int, scenes: int = 300) -> NDArray[np.float32]:
