@@ -44,6 +44,8 @@ class ChatGLMAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = Linear(config.hidden_size, config.hidden_size)
+        self.prefix: nn.Parameter | None
+        self.register_parameter("prefix", None)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
