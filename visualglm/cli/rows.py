@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from visualglm.errors import DataError
+from visualglm.json_lines import image_of, image_source, json_lines, shown
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-
-_NO_PATH = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.-]*://", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -93,45 +90,17 @@ def _folder_rows(folder: Path, prompt: str, recursive: bool) -> FolderRows:
 
 
 def _parsed(path: Path, prompt: str) -> Iterator[Row]:
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _row(f"{path}, line {number}", line, path.parent, prompt)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+    return (_row(where, values, path.parent, prompt) for where, values in json_lines(path))
 
 
-def _row(where: str, line: bytes, folder: Path, prompt: str) -> Row:
-    values = _json_object(where, line)
-    image = values.get("image", values.get("img"))
-    if image is not None and (not isinstance(image, str) or not image):
-        raise DataError(f"{where}: the image is {_shown(image)}; write the path of a file.")
+def _row(where: str, values: dict[str, Any], folder: Path, prompt: str) -> Row:
+    image = image_of(where, values)
     question = values.get("prompt", prompt)
     if not isinstance(question, str) or not question.strip():
-        raise DataError(f"{where}: the prompt is {_shown(question)}; write a question, or leave it out.")
+        raise DataError(f"{where}: the prompt is {shown(question)}; write a question, or leave it out.")
     if image is None and "prompt" not in values:
         raise DataError(f"{where}: there is neither an image nor a prompt; write at least one of them.")
     identity = values.get("id")
     if identity is not None and (not isinstance(identity, str | int) or isinstance(identity, bool)):
-        raise DataError(f"{where}: the id is {_shown(identity)}; write a text or a whole number.")
-    return Row(image, None if image is None else _source(folder, image), question, identity)
-
-
-def _json_object(where: str, line: bytes) -> dict[str, Any]:
-    try:
-        values = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: this is no JSON ({error}); write one JSON object on each line.") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{where}: this is {_shown(values)}, not a JSON object; write one object on each line.")
-    return values
-
-
-def _source(folder: Path, image: str) -> str:
-    return image if _NO_PATH.match(image) else str(folder / image)
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:80]}…"
+        raise DataError(f"{where}: the id is {shown(identity)}; write a text or a whole number.")
+    return Row(image, None if image is None else image_source(folder, image), question, identity)

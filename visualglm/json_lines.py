@@ -1,0 +1,57 @@
+"""Lines of JSON objects about pictures, read one by one; what is wrong with one is told with its number."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from visualglm.errors import DataError
+
+_NO_PATH = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.-]*://", re.IGNORECASE)
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where a line stands, in words, and its object; blank lines are left out.
+
+    Raises `DataError` if the file cannot be read, or naming the first line that is no JSON object.
+    """
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    where = f"{path}, line {number}"
+                    yield where, _json_object(where, line)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+
+
+def image_of(where: str, values: dict[str, Any]) -> str | None:
+    """The image that a line names, under "image" or "img"; raises `DataError` if that is no name."""
+    image = values.get("image", values.get("img"))
+    if image is not None and (not isinstance(image, str) or not image):
+        raise DataError(f"{where}: the image is {shown(image)}; write the path of a file.")
+    return image
+
+
+def image_source(folder: Path, image: str) -> str:
+    """Where an image lies that is named in a file in `folder`."""
+    return image if _NO_PATH.match(image) else str(folder / image)
+
+
+def shown(value: object) -> str:
+    """A value of JSON, in a message."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def _json_object(where: str, line: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: this is no JSON ({error}); write one JSON object on each line.") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{where}: this is {shown(values)}, not a JSON object; write one object on each line.")
+    return values
