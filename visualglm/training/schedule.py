@@ -1,8 +1,40 @@
-"""Learning-rate schedules, as factors of the peak rate."""
+"""Learning-rate schedules, as functions of the step alone: a run that is resumed needs to keep nothing of them."""
 
 from __future__ import annotations
 
-from math import cos, pi
+from collections.abc import Callable
+from functools import lru_cache
+from math import cos, inf, pi
+
+from visualglm.training.recipe import OptimizerRecipe
+
+# AnnealingLR holds the rate down for so many steps, whatever the warmup is, at no more than this share of it.
+_SLOW_STEPS, _SLOW_FACTOR = 100, 0.05
+# The usual schedules, by the names that the library gives them.
+_USUAL = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def learning_rate(optimizer: OptimizerRecipe, step: int, total_steps: int) -> float:
+    """The rate of `step`, which counts from 0, in a run of `total_steps`."""
+    return optimizer.learning_rate * _factor(optimizer, step, optimizer.decay_steps or total_steps)
+
+
+def annealing(step: int, *, decay: str, warmup_steps: int, decay_steps: int, decay_ratio: float = 10.0) -> float:
+    """The AnnealingLR of the original recipe, as a factor of the peak rate.
+
+    decay: "cosine", down to 1 / `decay_ratio` and there it stays; "linear", down to 0; or "constant".
+    The first hundred steps get at most a twentieth of the peak. The decay begins at `warmup_steps`.
+    """
+    ramp = step / warmup_steps if warmup_steps else inf
+    if step < _SLOW_STEPS:
+        return min(_SLOW_FACTOR, ramp)
+    if step <= warmup_steps:
+        return ramp
+    done = (step - warmup_steps) / decay_steps
+    if decay == "cosine":
+        return ((cos(pi * min(1.0, done)) + 1) * (decay_ratio - 1) / 2 + 1) / decay_ratio
+    # Beyond its end the original's line goes on below zero, and would undo what was learnt.
+    return max(0.0, 1 - done) if decay == "linear" else 1.0
 
 
 def warmup_cosine(step: int, *, warmup_steps: int, total_steps: int, final_ratio: float = 0.01) -> float:
@@ -11,3 +43,27 @@ def warmup_cosine(step: int, *, warmup_steps: int, total_steps: int, final_ratio
         return (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return final_ratio + (1 - final_ratio) * 0.5 * (1 + cos(pi * progress))
+
+
+def _factor(optimizer: OptimizerRecipe, step: int, decay_steps: int) -> float:
+    kind, _, decay = optimizer.schedule.partition("-")
+    if kind == "annealing":
+        return annealing(
+            step,
+            decay=decay,
+            warmup_steps=optimizer.warmup_steps,
+            decay_steps=decay_steps,
+            decay_ratio=optimizer.decay_ratio,
+        )
+    return _usual(optimizer.schedule, optimizer.warmup_steps, decay_steps)(step)
+
+
+@lru_cache(maxsize=8)
+def _usual(schedule: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """A schedule of the library, which makes it for an optimiser: here, for one that trains nothing."""
+    import torch
+    from transformers.optimization import get_scheduler
+
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    factor: Callable[[int], float] = get_scheduler(_USUAL[schedule], nothing, warmup_steps, total_steps).lr_lambdas[0]
+    return factor
