@@ -27,6 +27,11 @@ def parameter_count(config: VisualGLMConfig) -> int:
     return sum(prod(shape) for shape in parameter_shapes(config).values())
 
 
+def prefix_name(layer: int) -> str:
+    """The name of what P-tuning adds to a layer, [2, heads, prefix length, head_dim]: keys, then values."""
+    return f"text.layers.{layer}.attention.prefix"
+
+
 def _linear(name: str, inputs: int, outputs: int) -> Iterator[tuple[str, Shape]]:
     yield f"{name}.weight", (outputs, inputs)
     yield f"{name}.bias", (outputs,)

@@ -65,7 +65,8 @@ class FolderKind:
 
 MODEL = FolderKind(None, 1, "a model directory", "visualglm convert", "convert the checkpoint again")
 ONNX_EXPORT = FolderKind("visualglm-onnx", 1, "an ONNX export", "visualglm export", "export the model again")
-_TITLES = {kind.format: kind.title for kind in (MODEL, ONNX_EXPORT)}
+ADAPTER = FolderKind("visualglm-adapter", 1, "an adapter", "visualglm finetune", "train or convert it again")
+_TITLES = {kind.format: kind.title for kind in (MODEL, ONNX_EXPORT, ADAPTER)}
 
 
 class FolderManifest(BaseModel):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from visualglm.checkpoint.tensors import NUMPY_DTYPES, LazyTensor, Tensor
+from visualglm.checkpoint.tensors import LazyTensor, Tensor, as_float32, rounded
 from visualglm.config import TextConfig
 from visualglm.errors import CheckpointError
 
@@ -17,7 +16,7 @@ from visualglm.errors import CheckpointError
 def rotary_tensor(config: TextConfig, dtype: str) -> LazyTensor:
     """The frequencies of `config`, rounded from float32 to `dtype`."""
     frequencies = _frequencies(config)
-    return LazyTensor(dtype, frequencies.shape, lambda: _to_stored(frequencies, dtype))
+    return LazyTensor(dtype, frequencies.shape, lambda: rounded(frequencies, dtype))
 
 
 def check_rotary(where: Path, stored: Mapping[str, Tensor], config: TextConfig) -> None:
@@ -26,7 +25,7 @@ def check_rotary(where: Path, stored: Mapping[str, Tensor], config: TextConfig) 
     # Libraries differ in the last bit of a float32 power.
     allowed = [exact, np.nextafter(exact, np.float32(0)), np.nextafter(exact, np.float32(2))]
     for name, tensor in stored.items():
-        values = _from_stored(tensor.array(), tensor.dtype)
+        values = as_float32(tensor.array(), tensor.dtype)
         fits = any(
             values.shape == exact.shape and _among(values, [_round(choice, dtype) for choice in allowed])
             for dtype in ("float32", "float16", "bfloat16")
@@ -49,18 +48,4 @@ def _among(values: NDArray[np.float32], choices: list[NDArray[np.float32]]) -> b
 
 
 def _round(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
-    return _from_stored(_to_stored(values, dtype), dtype)
-
-
-def _to_stored(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
-    if dtype != "bfloat16":
-        return values.astype(NUMPY_DTYPES[dtype])
-    bits = values.view(np.uint32)
-    # To the nearest, ties to even.
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def _from_stored(stored: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    if dtype != "bfloat16":
-        return stored.astype(np.float32)
-    return (stored.astype(np.uint32) << 16).view(np.float32)
+    return as_float32(rounded(values, dtype), dtype)

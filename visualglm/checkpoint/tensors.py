@@ -164,6 +164,24 @@ class LazyTensor:
         return replace(self, compute=compute)
 
 
+def as_float32(array: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """An array as `Tensor.array` gives it, as numbers: bfloat16 comes as bits."""
+    if dtype == "bfloat16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32, copy=False)
+
+
+def rounded(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """Numbers as `Tensor.array` has them in `dtype`, rounded to the nearest, ties to even."""
+    if dtype != "bfloat16":
+        return values.astype(NUMPY_DTYPES[dtype], copy=False)
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    halves = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    # Adding to the bits of a number that is none might carry into infinity, or zero.
+    halves[np.isnan(values)] = 0x7FC0
+    return halves
+
+
 def row_major_strides(shape: Shape) -> Shape:
     """Steps, in elements, of a row-major array of `shape`."""
     return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))

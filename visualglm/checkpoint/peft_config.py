@@ -1,0 +1,117 @@
+"""`adapter_config.json`: how PEFT scales the pairs of an adapter, and what of PEFT is supported here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from math import sqrt
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from visualglm.errors import CheckpointError
+from visualglm.faults import brief, first_fault
+
+Rank = Annotated[int, Field(strict=True, ge=1, le=2**18)]
+
+_PLAIN_MODULE = re.compile(r"\w+(\.\w+)*")
+# Settings that change what is computed, and the values with which an adapter is two matrices beside a weight.
+_SUPPORTED: Mapping[str, tuple[object, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    # With others the base's own weights were changed before training.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+}
+_MUST_BE_UNSET = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+)
+
+
+class LoraSettings(BaseModel):
+    """What PEFT's configuration says about the result, by PEFT's names; the rest of it is kept as it is."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    r: Rank
+    lora_alpha: float
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    use_rslora: bool = False
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, float] | None = None
+
+    def rank(self, module: str) -> int:
+        """Of the pair of `module`."""
+        return int(_by_pattern(self.rank_pattern, module, self.r))
+
+    def scale(self, module: str) -> float:
+        """What the product of the pair of `module` is multiplied with."""
+        rank = self.rank(module)
+        return _by_pattern(self.alpha_pattern, module, self.lora_alpha) / (sqrt(rank) if self.use_rslora else rank)
+
+
+def read_lora_settings(values: Mapping[str, Any], where: Path | str) -> LoraSettings:
+    """The settings in the values of an `adapter_config.json`, named `where` in errors.
+
+    Raises `CheckpointError` if they are not valid, or ask for what is not computed here.
+    """
+    for name in (*_SUPPORTED, *_MUST_BE_UNSET):
+        value = values.get(name)
+        if name in values and (value not in _SUPPORTED[name] if name in _SUPPORTED else value):
+            raise CheckpointError(
+                f"{where} has {name} {brief(value)}, which is not supported; give an adapter of plain LoRA."
+            )
+    try:
+        settings = LoraSettings.model_validate(values)
+    except ValidationError as error:
+        raise CheckpointError(f"{where} is not valid: {first_fault(error)}; get the adapter again.") from error
+    for pattern in (*(settings.rank_pattern or ()), *(settings.alpha_pattern or ())):
+        if not _PLAIN_MODULE.fullmatch(pattern):
+            raise CheckpointError(
+                f"{where} names modules by the expression {brief(pattern)}; name each module in its patterns."
+            )
+    return settings
+
+
+def peft_values(
+    modules: Mapping[str, int], *, rank: int, alpha: float, dropout: float = 0.0, base_name: str | None = None
+) -> dict[str, Any]:
+    """The values of an `adapter_config.json` for pairs of the rank that `modules` gives to each module's name.
+
+    All are scaled by alpha / rank, those of another rank too.
+    """
+    others = {module: own for module, own in modules.items() if own != rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": sorted(modules),
+        "rank_pattern": others,
+        "alpha_pattern": {module: alpha * own / rank for module, own in others.items()},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+    }
+
+
+def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+    """The value of the first pattern that is the name of `module` or the end of it, as PEFT matches them."""
+    found = (value for name, value in (patterns or {}).items() if f".{module}".endswith(f".{name}"))
+    return next(found, default)
