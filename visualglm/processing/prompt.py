@@ -45,10 +45,15 @@ class Prompt:
     dropped_turns: int
 
 
+def is_chinese(text: str) -> bool:
+    """Whether `text` holds a Chinese character."""
+    return bool(_CJK.search(text))
+
+
 def template_for(question: str, language: Language = "auto") -> Template:
     """The template of `language`; "auto" takes the Chinese one if the question holds a Chinese character."""
     if language == "auto":
-        return TEMPLATES["zh" if _CJK.search(question) else "en"]
+        return TEMPLATES["zh" if is_chinese(question) else "en"]
     if not isinstance(language, str) or language not in TEMPLATES:
         raise PromptError(f"The language {brief(language)} is unknown; give auto, {' or '.join(TEMPLATES)}.")
     return TEMPLATES[language]
