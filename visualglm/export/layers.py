@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from visualglm.checkpoint.tensors import StoredTensor
+from visualglm.checkpoint.tensors import Tensor
 from visualglm.export.linear import LayerError, Linear, Rows
 from visualglm.export.onnx_graph import CONTRIB, OnnxGraph
 
@@ -16,7 +16,7 @@ from visualglm.export.onnx_graph import CONTRIB, OnnxGraph
 class Layers:
     """Adds layers to a graph; weights are looked up under the names of `visualglm.parameters`."""
 
-    def __init__(self, graph: OnnxGraph, tensors: Mapping[str, StoredTensor], linear: Linear) -> None:
+    def __init__(self, graph: OnnxGraph, tensors: Mapping[str, Tensor], linear: Linear) -> None:
         self.graph = graph
         self.errors: list[LayerError] = []
         self._tensors = tensors

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from visualglm.checkpoint.tensors import StoredTensor
+from visualglm.checkpoint.tensors import Tensor
 from visualglm.errors import CheckpointError
 from visualglm.export.onnx_graph import CONTRIB, OnnxGraph
 from visualglm.export.quantize import Bits, Method, quantize_blocks
@@ -37,7 +37,7 @@ class Rows:
     """
 
     name: str
-    stored: StoredTensor
+    stored: Tensor
     order: NDArray[np.int64] | None = None
 
     @property
@@ -198,7 +198,7 @@ def _quantized_rows(graph: OnnxGraph, rows: str) -> tuple[str, str, str]:
 
 
 def as_float32(array: NDArray[Any], dtype: str) -> Floats:
-    """An array as `StoredTensor.array` gives it, as numbers: bfloat16 comes as bits."""
+    """An array as `Tensor.array` gives it, as numbers: bfloat16 comes as bits."""
     if dtype == "bfloat16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32)
