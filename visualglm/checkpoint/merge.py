@@ -2,13 +2,228 @@
 
 from __future__ import annotations
 
-from visualglm.checkpoint.adapter_dir import AdapterDirectory
-from visualglm.checkpoint.model_dir import ModelDirectory
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from hashlib import sha256
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visualglm.checkpoint.adapter_dir import AdapterDirectory, LoraPair, require_base, require_finite
+from visualglm.checkpoint.manifest import Source
+from visualglm.checkpoint.model_dir import (
+    ModelDirectory,
+    fill_model_directory,
+    open_model_directory,
+    read_weights,
+    staged_checkpoint,
+)
+from visualglm.checkpoint.progress import ByteProgress, Report
+from visualglm.checkpoint.tensors import NUMPY_DTYPES, LazyTensor, Piece, Tensor, as_float32, rounded
+from visualglm.config import DType
+from visualglm.errors import CheckpointError
+from visualglm.parameters import Shape
+
+# Elements of a weight that are added up at once.
+_BLOCK = 1 << 22
+# Half a unit in the last place of a number near 1, and the smallest number there is.
+_ROUNDING: Mapping[str, tuple[float, float]] = {
+    "float32": (2.0**-24, 2.0**-149),
+    "float16": (2.0**-11, 2.0**-24),
+    "bfloat16": (2.0**-8, 2.0**-133),
+}
+_PROBES = 4
 
 
-def merged(directory: ModelDirectory, adapter: AdapterDirectory) -> ModelDirectory:
+@dataclass(frozen=True)
+class MergedDirectory(ModelDirectory):
+    """A model directory as it is with an adapter; nothing of it is on the disk."""
+
+    adapter: AdapterDirectory
+
+    @property
+    def fingerprint(self) -> str:
+        """Of both."""
+        return fingerprint_of_both(self.manifest.fingerprint, self.adapter)
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """weight + scale * b @ a, [out, in], added up in float64 and rounded to `dtype`."""
+
+    name: str
+    weight: Tensor
+    pair: LoraPair
+    dtype: str = "float32"
+
+    @property
+    def shape(self) -> Shape:
+        return self.weight.shape
+
+    def array(self) -> NDArray[Any]:
+        """See `Tensor`; raises `CheckpointError` for a sum that is too large for the type."""
+        merged = np.empty(self.shape, NUMPY_DTYPES[self.dtype])
+        for rows in row_blocks(self.shape):
+            merged[rows] = self._rows(rows)
+        return merged
+
+    def pieces(self) -> Iterator[Piece]:
+        """See `Tensor`; no more than some rows are in memory."""
+        for rows in row_blocks(self.shape):
+            yield self._rows(rows).reshape(-1).view(np.uint8).data
+
+    def regrouped(self, groups: Shape, axes: Shape) -> LazyTensor:
+        """See `Tensor`."""
+        return LazyTensor(self.dtype, self.shape, self.array).regrouped(groups, axes)
+
+    def _rows(self, rows: slice) -> NDArray[Any]:
+        weight, a, b = _float64(self.weight, rows), _float64(self.pair.a), _float64(self.pair.b, rows)
+        return _rounded(weight + self.pair.scale * (b @ a), self.dtype, self.name)
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far what was written is from base and adapter, of the largest output of a layer, on random inputs."""
+
+    module: str
+    relative: float
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What was written, and how far each merged layer is from base(x) + Δ(x)."""
+
+    output: ModelDirectory
+    adapter: AdapterDirectory
+    deviations: tuple[Deviation, ...]
+
+
+def fingerprint_of_both(base: str, adapter: AdapterDirectory) -> str:
+    """Identifies a model with an adapter."""
+    return sha256(f"{base} {adapter.fingerprint}".encode()).hexdigest()
+
+
+def merged(directory: ModelDirectory, adapter: AdapterDirectory, dtype: DType | None = "float32") -> MergedDirectory:
     """`directory` as it is with `adapter`: a view whose tensors are computed when they are read.
 
-    Raises `CheckpointError` if the adapter belongs to another model, or has prefixes, which no weights can hold.
+    dtype: of the weights that the adapter changes; float32 loses nothing of them. None: what each is in `directory`.
+    Raises `CheckpointError` if the adapter belongs to another model, has values that are not finite, or prefixes,
+    which no weights can hold.
     """
-    raise NotImplementedError
+    require_base(adapter, directory)
+    require_finite(adapter)
+    if adapter.prefix:
+        raise CheckpointError(
+            f"The adapter {adapter.path} has learned prefixes (P-tuning), which cannot be merged into weights; "
+            "use it with --adapter and --backend torch."
+        )
+    tensors = dict(directory.tensors)
+    for module, pair in adapter.lora.items():
+        name = f"{module}.weight"
+        tensors[name] = MergedTensor(name, tensors[name], pair, dtype or tensors[name].dtype)
+    for name, tensor in adapter.trained.items():
+        tensors[name] = _in_type(name, tensor, dtype or tensors[name].dtype)
+    facts = {field.name: getattr(directory, field.name) for field in fields(ModelDirectory)}
+    return MergedDirectory(**facts | {"tensors": tensors}, adapter=adapter)
+
+
+def merge(
+    directory: ModelDirectory,
+    adapter: AdapterDirectory,
+    output: Path | str,
+    *,
+    dtype: DType | None = "float32",
+    force: bool = False,
+    report: Report | None = None,
+) -> Merge:
+    """Write `directory` with `adapter` as the model directory `output`, which appears whole or not at all.
+
+    dtype: see `merged`. Before it appears, each merged layer is read back and held against base(x) + Δ(x) on random
+    x. Raises `CheckpointError` as `merged` does, and if `output` is in use, the disk fills up, a merged weight is too
+    large for the type, or a layer deviates by more than its type explains.
+    """
+    view = merged(directory, adapter, dtype)
+    checkpoint = replace(view.checkpoint, source=_source(directory, adapter))
+    _require_apart(Path(output), directory.path, adapter.path)
+    with staged_checkpoint(output, checkpoint, force=force) as folder:
+        fill_model_directory(folder, checkpoint, ByteProgress(checkpoint.size_bytes, report))
+        deviations = _prove(directory, adapter, read_weights(folder, directory.config))
+    return Merge(open_model_directory(output), adapter, deviations)
+
+
+def row_blocks(shape: Shape) -> Iterator[slice]:
+    """The rows of a matrix, some at a time."""
+    step = max(1, _BLOCK // max(1, prod(shape[1:])))
+    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+
+def _source(directory: ModelDirectory, adapter: AdapterDirectory) -> Source:
+    """That of the base, which is still the way back into its format, and what was added."""
+    facts = directory.manifest.source.model_dump()
+    added = {"base": directory.fingerprint, "adapter": adapter.fingerprint, "adapter_name": adapter.path.resolve().name}
+    return Source(**facts | {"merged": [*facts.get("merged", []), added]})
+
+
+def _require_apart(output: Path, *sources: Path) -> None:
+    """The output would be deleted first, and the source with it."""
+    for source in sources:
+        if source.resolve().is_relative_to(output.resolve()):
+            raise CheckpointError(f"{output} holds {source}, which is to be merged; give another folder.")
+
+
+def _prove(
+    directory: ModelDirectory, adapter: AdapterDirectory, written: Mapping[str, Tensor]
+) -> tuple[Deviation, ...]:
+    random = np.random.default_rng(0)
+    proven = []
+    for module, pair in adapter.lora.items():
+        name = f"{module}.weight"
+        x = random.standard_normal((pair.a.shape[1], _PROBES))
+        proven.append(Deviation(module, _deviation(directory.tensors[name], pair, written[name], x, name)))
+    return tuple(proven)
+
+
+def _deviation(base: Tensor, pair: LoraPair, written: Tensor, x: NDArray[np.float64], name: str) -> float:
+    """max |written(x) - base(x) - Δ(x)| / max |base(x) + Δ(x)|; `CheckpointError` if rounding does not explain it."""
+    unit, least = _ROUNDING[written.dtype]
+    inner = pair.scale * (_float64(pair.a) @ x)
+    off = largest = 0.0
+    for rows in row_blocks(base.shape):
+        weight, made = _float64(base, rows), _float64(written, rows)
+        expected = weight @ x + _float64(pair.b, rows) @ inner
+        difference = np.abs(made @ x - expected)
+        # Twice, since float64 rounds too.
+        allowed = 2 * (unit * np.abs(made) + least) @ np.abs(x)
+        if not (difference <= allowed).all():
+            raise CheckpointError(
+                f"{name} as it was written is not the sum of base and adapter; check the disk, and merge again."
+            )
+        off, largest = max(off, float(difference.max())), max(largest, float(np.abs(expected).max()))
+    return off / largest if largest else 0.0
+
+
+def _in_type(name: str, tensor: Tensor, dtype: str) -> Tensor:
+    if tensor.dtype == dtype:
+        return tensor
+    convert: Callable[[], NDArray[Any]] = partial(_converted, name, tensor, dtype)
+    return LazyTensor(dtype, tensor.shape, convert)
+
+
+def _converted(name: str, tensor: Tensor, dtype: str) -> NDArray[Any]:
+    return _rounded(as_float32(tensor.array(), tensor.dtype), dtype, name)
+
+
+def _float64(tensor: Tensor, rows: slice = slice(None)) -> NDArray[np.float64]:
+    return as_float32(tensor.array()[rows], tensor.dtype).astype(np.float64)
+
+
+def _rounded(values: NDArray[np.floating[Any]], dtype: str, name: str) -> NDArray[Any]:
+    with np.errstate(over="ignore"):
+        result = rounded(values.astype(np.float32), dtype)
+    if not np.isfinite(as_float32(result, dtype)).all():
+        raise CheckpointError(f"The merged {name} has values too large for {dtype}; give --dtype float32.")
+    return result

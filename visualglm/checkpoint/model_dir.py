@@ -18,7 +18,7 @@ from visualglm.checkpoint.progress import ByteProgress, Report
 from visualglm.checkpoint.replaceable import require_replaceable
 from visualglm.checkpoint.safetensors_file import read_safetensors, safetensors_pieces
 from visualglm.checkpoint.shards import index_json, read_sharded, split_into_shards
-from visualglm.checkpoint.tensors import Piece, StoredTensor
+from visualglm.checkpoint.tensors import Piece, StoredTensor, Tensor
 from visualglm.config import VisualGLMConfig
 from visualglm.parameters import parameter_shapes
 
@@ -42,7 +42,7 @@ class ModelDirectory:
     path: Path
     config: VisualGLMConfig
     manifest: Manifest
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, Tensor]
     extras: Mapping[str, StoredTensor]
     tokenizer_path: Path | None
 
