@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,11 +13,9 @@ from visualglm.cli.options import GenerationOptions, ImageOptions
 from visualglm.cli.rows import FolderRows, Row, Rows
 from visualglm.errors import ImageError, PromptError
 from visualglm.model import Reply, VisualGLM
+from visualglm.processing.ahead import prepared_batches
 from visualglm.processing.image import load_image, preprocess
 
-_THREADS = min(4, os.cpu_count() or 1)
-# Enough to hide a slow image behind the model, few enough for any memory.
-_BATCHES_AHEAD = 2
 _SHORT_QUESTION = "?"
 
 Prepared = NDArray[np.float32] | None | ImageError | PromptError
@@ -52,24 +46,9 @@ class Captioner:
 
     @contextmanager
     def answers(self, rows: Iterable[Row], batch_size: int, start: int = 0) -> Iterator[Iterator[list[dict[str, Any]]]]:
-        """The output rows of `rows` from the one at `start` on, a batch at a time.
-
-        Batches end at multiples of `batch_size`, wherever they start: they are then those of a run from the beginning.
-        """
-        pool = ThreadPoolExecutor(_THREADS)
-        try:
-            yield map(self._answer, self._prepared(pool, _batches(rows, batch_size, start)))
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _prepared(self, pool: ThreadPoolExecutor, batches: Iterable[list[Row]]) -> Iterator[list[tuple[Row, Prepared]]]:
-        under_way: deque[list[tuple[Row, Future[Prepared]]]] = deque()
-        for batch in batches:
-            under_way.append([(row, pool.submit(self._prepare, row)) for row in batch])
-            if len(under_way) > _BATCHES_AHEAD:
-                yield [(row, future.result()) for row, future in under_way.popleft()]
-        for waiting in under_way:
-            yield [(row, future.result()) for row, future in waiting]
+        """The output rows of `rows` from the one at `start` on, a batch at a time: see `prepared_batches`."""
+        with prepared_batches(rows, self._prepare, batch_size, start) as batches:
+            yield map(self._answer, batches)
 
     def _prepare(self, row: Row) -> Prepared:
         try:
@@ -102,11 +81,3 @@ class Captioner:
 
 def _answer_of(reply: Reply) -> dict[str, Any]:
     return {"answer": reply.text, "prompt_tokens": reply.prompt_tokens, "new_tokens": reply.new_tokens}
-
-
-def _batches(rows: Iterable[Row], batch_size: int, start: int) -> Iterator[list[Row]]:
-    rest = islice(rows, start, None)
-    size = batch_size - start % batch_size
-    while batch := list(islice(rest, size)):
-        yield batch
-        size = batch_size
