@@ -23,9 +23,20 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     where = f"{path}, line {number}"
-                    yield where, _json_object(where, line)
+                    yield where, json_object(where, line)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+
+
+def json_object(where: str, line: bytes) -> dict[str, Any]:
+    """The object in one line of UTF-8; raises `DataError` if there is none."""
+    try:
+        values = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: this is no JSON ({error}); write one JSON object on each line.") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{where}: this is {shown(values)}, not a JSON object; write one object on each line.")
+    return values
 
 
 def image_of(where: str, values: dict[str, Any]) -> str | None:
@@ -36,22 +47,17 @@ def image_of(where: str, values: dict[str, Any]) -> str | None:
     return image
 
 
+def is_address(image: str) -> bool:
+    """Whether an image is named by a URL or given as a `data:` URL, and not by a path."""
+    return bool(_NO_PATH.match(image))
+
+
 def image_source(folder: Path, image: str) -> str:
     """Where an image lies that is named in a file in `folder`."""
-    return image if _NO_PATH.match(image) else str(folder / image)
+    return image if is_address(image) else str(folder / image)
 
 
 def shown(value: object) -> str:
     """A value of JSON, in a message."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:80]}…"
-
-
-def _json_object(where: str, line: bytes) -> dict[str, Any]:
-    try:
-        values = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: this is no JSON ({error}); write one JSON object on each line.") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{where}: this is {shown(values)}, not a JSON object; write one object on each line.")
-    return values

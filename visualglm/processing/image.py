@@ -86,6 +86,15 @@ def load_image(source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS, *, all
     )
 
 
+def check_image(path: Path, limits: ImageLimits = DEFAULT_LIMITS) -> None:
+    """Raises `ImageError` where `load_image` would; quicker, as a JPEG is decoded at an eighth of its size."""
+    name = f"The image {_short(str(path))}"
+    image = _opened(_file_bytes(str(path), limits), name, limits)
+    _check_pixels(image.width, image.height, name, limits)
+    image.draft(None, (1, 1))
+    _finish(image, name, limits)
+
+
 def preprocess(image: Image.Image, size: int) -> NDArray[np.float32]:
     """Pixels for the ViT, float32 [3, size, size]: resized bicubically, scaled to 0…1, normalised by MEAN and STD."""
     resized = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
@@ -144,16 +153,20 @@ def _from_array(array: NDArray[np.uint8], limits: ImageLimits) -> Image.Image:
 
 
 def _decode(data: bytes, name: str, limits: ImageLimits) -> Image.Image:
+    return _finish(_opened(data, name, limits), name, limits)
+
+
+def _opened(data: bytes, name: str, limits: ImageLimits) -> Image.Image:
+    """The image with only its header read."""
     if not data:
         raise ImageError(f"{name} is empty (0 bytes); give a {_FORMAT_NAMES} image.")
     _check_bytes(len(data), name, limits)
     try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
+        return Image.open(BytesIO(data), formats=FORMATS)
     except _BOMBS as error:
         raise _bomb(name, error, limits) from error
     except _DECODER_ERRORS as error:
         raise ImageError(f"{name} is {_what_instead(data)}.") from error
-    return _finish(image, name, limits)
 
 
 def _what_instead(data: bytes) -> str:

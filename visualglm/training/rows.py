@@ -1,18 +1,41 @@
-"""Rows to train on, in a JSONL file or a JSON list: found by their place in the file, read one by one when asked for."""
+"""Rows to train on, in a JSONL file or a JSON list: found by their place in the file, each read when asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from visualglm.errors import DataError, ImageError
+from visualglm.json_lines import image_of, is_address, json_object, shown
+from visualglm.processing.image import check_image
 from visualglm.processing.prompt import Turn
 
 Report = Callable[[int, int], None]
 """Called with the rows done and the rows in all."""
+
+_LIST = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[")
+_LIST_PART = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{},]', re.DOTALL)
+_LIST_END = re.compile(rb"\s*\]\s*\Z")
+_BLANKS = re.compile(rb"\s*")
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+# Where other programs keep what is called "img" here: such a row is not meant to go without its picture.
+_LIKE_AN_IMAGE = re.compile("ima?g|pic|photo", re.IGNORECASE)
+_PLACEHOLDER = re.compile(r"^<image>\n?|\n?<image>$")
+_KINDS = ("question", "answer")
+_SPEAKERS = (("human", "user"), ("gpt", "assistant"))
+_ROWS_AT_ONCE = 64
+_THREADS = 4
+_SHOWN_FAULTS = 10
 
 
 @dataclass(frozen=True)
@@ -27,30 +50,53 @@ class TrainingRow:
     turns: tuple[Turn, ...]
 
 
+@dataclass(frozen=True, eq=False)
 class RowIndex:
     """Where each row of a file lies. Small (24 bytes a row), and the same in every process that it is sent to.
 
     sha256: of the whole file, so that a resumed run can tell whether it is still the same.
+    places: int64 [rows, 3], of each row its first byte, the byte after its last, and its line counted from 1
     """
 
     path: Path
     sha256: str
+    places: NDArray[np.int64]
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return len(self.places)
 
     def __getitem__(self, number: int) -> TrainingRow:
         """Read a row; raises `DataError` naming its line if it is malformed."""
-        raise NotImplementedError
+        start, stop, _ = self.places[number]
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(start)
+                text = file.read(stop - start)
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+        where = self.where(number)
+        return _row(where, json_object(where, text), self.path.parent)
 
     def where(self, number: int) -> str:
         """ "FILE, line N" of a row, for messages."""
-        raise NotImplementedError
+        return f"{self.path}, line {self.places[number, 2]}"
 
 
 def open_rows(path: Path) -> RowIndex:
     """Find the rows of a file; raises `DataError` if it cannot be read, has none, or is a JSON list cut short."""
-    raise NotImplementedError
+    if not path.is_file():
+        fault = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"{path} {fault}; give a file of rows, as JSONL or a JSON list.")
+    try:
+        with open(path, "rb") as file:
+            places = np.array(list(_places(path, file)), np.int64).reshape(-1, 3)
+            file.seek(0)
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if not len(places):
+        raise DataError(f'{path} has no rows; write {{"img": …, "prompt": …, "label": …}} on each line.')
+    return RowIndex(path, sha256, places)
 
 
 def check_rows(
@@ -60,9 +106,212 @@ def check_rows(
 
     inspect: called in order with the number of each row and the row, also to raise `DataError` for it.
     """
-    raise NotImplementedError
+    faults: dict[int, str] = {}
+    images: dict[Path, str] = {}  # what is wrong with it, or nothing
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(index), _ROWS_AT_ONCE):
+            numbers = range(start, min(start + _ROWS_AT_ONCE, len(index)))
+            rows = dict(_readable_rows(index, numbers, faults))
+            new = {row.source for row in rows.values() if row.source is not None} - images.keys()
+            images |= zip(new, pool.map(_image_fault, new), strict=True)
+            for number, row in rows.items():
+                fault = (images[row.source] if row.source else "") or _inspection_fault(inspect, number, row)
+                if fault:
+                    faults[number] = f"{index.where(number)}: {fault}"
+            if report:
+                report(numbers.stop, len(index))
+    if faults:
+        raise DataError(_told(index, [faults[number] for number in sorted(faults)]))
 
 
 def split_rows(count: int, held_out: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Numbers of the rows to train on and of those held out for validation, each in rising order."""
-    raise NotImplementedError
+    """Numbers of the rows to train on and of those held out for validation, each in rising order.
+
+    A share above 0 holds out at least one row, and leaves at least one to train on.
+    """
+    wanted = max(1, round(count * held_out)) if held_out else 0
+    order = np.random.default_rng(seed).permutation(count)
+    cut = min(wanted, count - 1)
+    return np.sort(order[cut:]), np.sort(order[:cut])
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be read ({error.strerror}); check its permissions.")
+
+
+# --- where rows are ---------------------------------------------------------------------------------------------------
+
+
+def _places(path: Path, file: BinaryIO) -> Iterator[tuple[int, int, int]]:
+    """First byte, byte after the last, and line of each row."""
+    if os.fstat(file.fileno()).st_size == 0:
+        return
+    data = mmap(file.fileno(), 0, access=ACCESS_READ)
+    if data[:2] in _UTF16:
+        raise DataError(f"{path} is in UTF-16; save it as UTF-8.")
+    opening = _LIST.match(data)
+    if opening is None:
+        yield from _line_places(file)
+    elif not _LIST_END.match(data, opening.end()):
+        yield from _list_places(path, data, opening.end())
+
+
+def _line_places(file: BinaryIO) -> Iterator[tuple[int, int, int]]:
+    start = 0
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield start, start + len(line), number
+        start += len(line)
+
+
+def _list_places(path: Path, data: mmap, start: int) -> Iterator[tuple[int, int, int]]:
+    counted, line = 0, 1
+    for stop in _list_cuts(path, data, start):
+        start = _after_blanks(data, start)
+        line += data[counted:start].count(b"\n")
+        yield start, stop, line
+        counted, start = start, stop + 1
+    if _after_blanks(data, start) < len(data):
+        line += data[counted:start].count(b"\n")
+        raise DataError(f"{path}, line {line}: something follows the list of rows; write one list, or JSONL.")
+
+
+def _list_cuts(path: Path, data: mmap, start: int) -> Iterator[int]:
+    """Where the commas between the elements of a JSON list are, and the bracket that ends it.
+
+    What lies between them is read, and found to be JSON or not, when it is asked for.
+    """
+    depth = 0
+    for part in _LIST_PART.finditer(data, start):
+        mark = part[0]
+        if mark in (b"{", b"["):
+            depth += 1
+        elif mark in (b"}", b"]"):
+            depth -= 1
+        if depth < 0 or (mark == b"," and not depth):
+            yield part.start()
+        if depth < 0:
+            return
+    raise DataError(f"{path} is cut short: its list of rows does not end; write it again, or as JSONL.")
+
+
+def _after_blanks(data: mmap, start: int) -> int:
+    blanks = _BLANKS.match(data, start)
+    return blanks.end() if blanks else start
+
+
+# --- what a row says --------------------------------------------------------------------------------------------------
+
+
+def _row(where: str, values: dict[str, Any], folder: Path) -> TrainingRow:
+    image = image_of(where, values)
+    if image is None:
+        _require_no_image(where, values)
+    elif is_address(image):
+        raise DataError(
+            f"{where}: the image is {shown(image)}, an address; download it and write the path of the file."
+        )
+    if "conversations" in values:
+        turns = _conversation(where, values["conversations"], has_image=image is not None)
+    else:
+        turns = ((_text(where, "prompt", values, "question"), _text(where, "label", values, "answer")),)
+    return TrainingRow(image, None if image is None else folder / image, turns)
+
+
+def _require_no_image(where: str, values: dict[str, Any]) -> None:
+    meant = next((key for key in values if _LIKE_AN_IMAGE.match(key) and values[key]), None)
+    if meant is not None:
+        raise DataError(
+            f"{where}: there is no img, but a key {shown(meant)}; name the picture's path img, or leave that key out "
+            "in a row of text alone."
+        )
+
+
+def _text(where: str, name: str, values: dict[str, Any], other_name: str) -> str:
+    if name not in values and other_name not in values:
+        raise DataError(f"{where}: there is no {name}; write one, or conversations.")
+    return _checked_text(where, f"the {name}", values.get(name, values.get(other_name)))
+
+
+def _checked_text(where: str, what: str, text: object) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{where}: {what} is {shown(text)}; write a text that is not empty.")
+    return text
+
+
+def _conversation(where: str, messages: object, *, has_image: bool) -> tuple[Turn, ...]:
+    """Turns from pairs of texts, or from messages whose speakers take turns, beginning with a question."""
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: conversations is {shown(messages)}; write a list of questions and answers.")
+    if all(isinstance(message, list) for message in messages):
+        texts = _texts_of_pairs(where, messages)
+    else:
+        texts = [_message(where, place, message) for place, message in enumerate(messages)]
+    if len(texts) % 2:
+        raise DataError(f"{where}: conversations ends with a question; write its answer too.")
+    if has_image and isinstance(texts[0], str):
+        # Other programs mark in the text where the picture goes; here it always comes first.
+        texts[0] = _PLACEHOLDER.sub("", texts[0], count=1)
+    for place, text in enumerate(texts):
+        _checked_text(where, f"{_KINDS[place % 2]} {place // 2 + 1} of conversations", text)
+    return tuple(zip(texts[::2], texts[1::2], strict=True))
+
+
+def _texts_of_pairs(where: str, pairs: Sequence[list[Any]]) -> list[Any]:
+    for number, pair in enumerate(pairs, 1):
+        if len(pair) != 2:
+            raise DataError(
+                f"{where}: entry {number} of conversations is {shown(pair)}; write a question and an answer."
+            )
+    return [text for pair in pairs for text in pair]
+
+
+def _message(where: str, place: int, message: object) -> Any:
+    values = message if isinstance(message, dict) else {}
+    speaker, text = (values.get(name, values.get(other)) for name, other in (("from", "role"), ("value", "content")))
+    if speaker not in _SPEAKERS[place % 2]:
+        raise DataError(
+            f"{where}: message {place + 1} of conversations is {shown(message)}, but must be by "
+            f"{' or '.join(_SPEAKERS[place % 2])}; let questions and answers take turns."
+        )
+    return text
+
+
+# --- what is wrong with rows ------------------------------------------------------------------------------------------
+
+
+def _readable_rows(
+    index: RowIndex, numbers: Sequence[int], faults: dict[int, str]
+) -> Iterator[tuple[int, TrainingRow]]:
+    """The rows of `numbers` that are well formed; `faults` gets what is wrong with the others."""
+    for number in numbers:
+        try:
+            yield number, index[number]
+        except DataError as error:
+            faults[number] = str(error)
+
+
+def _image_fault(image: Path) -> str:
+    try:
+        check_image(image)
+    except ImageError as error:
+        return str(error)
+    return ""
+
+
+def _inspection_fault(inspect: Callable[[int, TrainingRow], None] | None, number: int, row: TrainingRow) -> str:
+    try:
+        if inspect:
+            inspect(number, row)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def _told(index: RowIndex, faults: Sequence[str]) -> str:
+    if len(faults) == 1:
+        return faults[0]
+    shown_faults = [fault.removeprefix(f"{index.path}, ") for fault in faults[:_SHOWN_FAULTS]]
+    first = f"; the first {_SHOWN_FAULTS}" if len(faults) > _SHOWN_FAULTS else ""
+    return f"{index.path} has {len(faults)} bad rows of {len(index)}{first}:\n" + "\n".join(shown_faults)
