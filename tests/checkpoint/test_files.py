@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from visualglm.checkpoint.files import checked_path, read_json_object, require_folder, staged_folder, write_file
+from visualglm.checkpoint.files import (
+    checked_path,
+    read_json_object,
+    replace_file,
+    require_folder,
+    staged_folder,
+    write_file,
+)
 from visualglm.errors import CheckpointError
 
 Entries = Callable[[Path], list[str]]
@@ -42,6 +49,20 @@ def test_a_failure_leaves_nothing(error: type[BaseException], tmp_path: Path, en
         write_file(folder / "a", [b"x"])
         raise error
     assert entries(tmp_path) == []
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, entries: Entries) -> None:
+    def broken() -> Iterator[bytes]:
+        yield b"new"
+        raise KeyboardInterrupt
+
+    path = tmp_path / "page.html"
+    replace_file(path, [b"old"])
+    with pytest.raises(KeyboardInterrupt):
+        replace_file(path, broken())
+    assert (path.read_bytes(), entries(tmp_path)) == (b"old", ["page.html"])
+    replace_file(path, [b"new", b"er"])
+    assert (path.read_bytes(), entries(tmp_path)) == (b"newer", ["page.html"])
 
 
 def test_an_empty_folder_is_filled_and_another_one_is_not(tmp_path: Path, entries: Entries) -> None:

@@ -121,6 +121,16 @@ def write_file(path: Path, pieces: Iterable[Piece]) -> str:
     return digest.hexdigest()
 
 
+def replace_file(path: Path, pieces: Iterable[Piece]) -> None:
+    """Write `pieces` to `path`, which is replaced when they are all on the disk; raises `OSError`."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write_file(beside, pieces)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 @contextmanager
 def staged_folder(
     output: Path, *, needed_bytes: int, force: bool, require_replaceable: Callable[[Path], None]

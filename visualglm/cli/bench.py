@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from typer import Argument, Option
 
 from visualglm.bandwidth import seconds_of
 from visualglm.benchmark import Figure, Plan, Result, measure_model
-from visualglm.checkpoint.files import write_file
+from visualglm.checkpoint.files import replace_file
 from visualglm.checkpoint.lite_dir import LiteDirectory, Precision, open_lite_directory
 from visualglm.checkpoint.model_dir import ModelDirectory
 from visualglm.cli.loading import choose_model
@@ -50,7 +49,7 @@ def bench(
         Path | None, Option(metavar="DIR", help="Where the preset's weights are written; else the temporary folder.")
     ] = None,
     keep: Annotated[bool, Option("--keep", help="Keep the preset's weights, to be measured again as MODEL.")] = False,
-    threads: Annotated[int | None, Option(metavar="N", min=1, help="Threads that compute; else one a core.")] = None,
+    threads: Annotated[int | None, Option(metavar="N", min=1, help="Threads that compute; else as for every command.")] = None,
     repeats: Annotated[int, Option(metavar="N", min=1, help="Figures are medians of so many repeats.")] = 5,
     output: Annotated[Path | None, Option("--json", metavar="FILE", help="Write the figures to FILE too.")] = None,
     *,
@@ -155,9 +154,4 @@ def _show(result: Result) -> None:
 
 
 def _write_json(output: Path, result: Result) -> None:
-    beside = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
-        write_file(beside, [json.dumps(asdict(result), indent=2, ensure_ascii=False).encode()])
-        os.replace(beside, output)
-    finally:
-        beside.unlink(missing_ok=True)
+    replace_file(output, [json.dumps(asdict(result), indent=2, ensure_ascii=False).encode()])
