@@ -23,7 +23,7 @@ _RGB = {
     "pink": (246, 118, 186),
     "black": (22, 22, 24),
 }
-_SUPERSAMPLE = 2
+SUPERSAMPLE = 2
 
 Pixels = NDArray[Any]
 Point = tuple[float, float]
@@ -41,14 +41,18 @@ def draw_jumble(jumble: Jumble) -> Image.Image:
 
 def _draw(shapes: Iterable[Shape], labels: Iterable[Label], texture: str, seed: int) -> Image.Image:
     rng = np.random.default_rng([seed, 1])
-    picture = _background(texture, rng)
-    canvas = ImageDraw.Draw(picture)
-    for shape in shapes:
-        _draw_shape(canvas, shape, _tint(rng, _RGB[shape.color], 12))
-    picture = picture.reduce(_SUPERSAMPLE)
+    picture = draw_shapes(_background(texture, rng), shapes, rng)
     for label in labels:
         _draw_label(ImageDraw.Draw(picture), label)
     return picture
+
+
+def draw_shapes(background: Image.Image, shapes: Iterable[Shape], rng: np.random.Generator) -> Image.Image:
+    """Shapes before a background that is SUPERSAMPLE times as large as the picture of them that comes back."""
+    canvas = ImageDraw.Draw(background)
+    for shape in shapes:
+        _draw_shape(canvas, shape, _tint(rng, _RGB[shape.color], 12))
+    return background.reduce(SUPERSAMPLE)
 
 
 def _tint(rng: np.random.Generator, color: tuple[int, int, int], spread: int) -> tuple[int, int, int]:
@@ -117,7 +121,7 @@ def _background(texture: str, rng: np.random.Generator) -> Image.Image:
     light = rng.uniform(205, 250, 3)
     dark = np.clip(light + rng.uniform(-38, -14) + rng.uniform(-10, 10, 3), 150, 255)
     mix = Image.fromarray((255 * np.clip(_PATTERNS[texture](x, y, rng), 0, 1)).astype(np.uint8))
-    size = CANVAS * _SUPERSAMPLE
+    size = CANVAS * SUPERSAMPLE
     mix = mix.resize((size, size), Image.Resampling.NEAREST)
     ramps = np.linspace(light, dark, 256).round().astype(np.uint8).T
     return Image.merge("RGB", [mix.point(ramp.tolist()) for ramp in ramps])
@@ -163,7 +167,7 @@ _OUTLINES: dict[str, list[Point]] = {
 
 
 def _draw_shape(canvas: ImageDraw.ImageDraw, shape: Shape, color: tuple[int, int, int]) -> None:
-    x, y, radius = (value * _SUPERSAMPLE for value in (shape.x, shape.y, shape.radius))
+    x, y, radius = (value * SUPERSAMPLE for value in (shape.x, shape.y, shape.radius))
     box = (x - radius, y - radius, x + radius, y + radius)
     if shape.kind == "circle":
         canvas.ellipse(box, fill=color)
