@@ -42,12 +42,14 @@ _SHOWN_FAULTS = 10
 class TrainingRow:
     """Questions and answers about one image, or about none.
 
-    `image` is as the file names it, `source` is where that lies: relative to the folder of the file.
+    `image` is as the file names it, `source` is where that lies: relative to the folder of the file. The label of a row
+    may list several answers of equal right: the first is learnt, the others are `alternatives` for an evaluation.
     """
 
     image: str | None
     source: Path | None
     turns: tuple[Turn, ...]
+    alternatives: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,11 +214,17 @@ def _row(where: str, values: dict[str, Any], folder: Path) -> TrainingRow:
         raise DataError(
             f"{where}: the image is {shown(image)}, an address; download it and write the path of the file."
         )
+    source = None if image is None else folder / image
     if "conversations" in values:
-        turns = _conversation(where, values["conversations"], has_image=image is not None)
-    else:
-        turns = ((_text(where, "prompt", values, "question"), _text(where, "label", values, "answer")),)
-    return TrainingRow(image, None if image is None else folder / image, turns)
+        return TrainingRow(image, source, _conversation(where, values["conversations"], has_image=image is not None))
+    question = _checked_text(where, "the prompt", _value(where, "prompt", values, "question"))
+    answer, *alternatives = _answers(where, _value(where, "label", values, "answer"))
+    return TrainingRow(image, source, ((question, answer),), tuple(alternatives))
+
+
+def _answers(where: str, label: object) -> list[str]:
+    answers = label if isinstance(label, list) and label else [label]
+    return [_checked_text(where, "the label", answer) for answer in answers]
 
 
 def _require_no_image(where: str, values: dict[str, Any]) -> None:
@@ -228,10 +236,10 @@ def _require_no_image(where: str, values: dict[str, Any]) -> None:
         )
 
 
-def _text(where: str, name: str, values: dict[str, Any], other_name: str) -> str:
+def _value(where: str, name: str, values: dict[str, Any], other_name: str) -> object:
     if name not in values and other_name not in values:
         raise DataError(f"{where}: there is no {name}; write one, or conversations.")
-    return _checked_text(where, f"the {name}", values.get(name, values.get(other_name)))
+    return values.get(name, values.get(other_name))
 
 
 def _checked_text(where: str, what: str, text: object) -> str:
