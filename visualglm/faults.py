@@ -14,6 +14,7 @@ _MUST_BE = {
     "finite_number": "a finite number",
     "literal_error": "{expected}",
     "too_long": "at most {max_length} values",
+    "too_short": "a list of at least {min_length}",
 }
 # The first words of the types of fault; of each there are several, such as int_type and int_parsing.
 _KINDS = {
@@ -21,6 +22,7 @@ _KINDS = {
     "float": "a number",
     "string": "text",
     "bool": "true or false",
+    "path": "a path",
     "tuple": "a list",
     "dict": "a table of names and values",
     "model": "a table of names and values",
