@@ -63,6 +63,33 @@ def test_gradients_flow_where_they_are_wanted(layer: Linear, dtype: torch.dtype)
     torch.testing.assert_close(x.grad[0].double(), layer.weight.double().sum(0), rtol=2**-6, atol=2**-5)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 19])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_flow_through_frozen_weights(
+    layer: Linear, dtype: torch.dtype, rows: int, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded once, as the product is, whether or not PyTorch would multiply well."""
+    monkeypatch.setattr("visualglm.backends.torch.linear.has_half_instructions", lambda: False)
+    layer.requires_grad_(False)
+    x = inputs(rows, dtype=dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        product = layer(x)
+    check(product.detach(), x.detach(), layer)
+    upstream = torch.randn(product.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    product.backward(upstream)
+    assert x.grad is not None and x.grad.dtype == dtype
+    exact = upstream.double() @ layer.weight.double()
+    assert ((x.grad.double() - exact).abs() <= EPSILON[dtype] * exact.abs() + 1e-5).all()
+
+
+def test_nothing_but_the_weight_is_kept_for_the_gradient(layer: Linear, dtype: torch.dtype) -> None:
+    layer.requires_grad_(False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        widened_product(inputs(4, dtype=dtype).requires_grad_(), layer.weight, layer.bias)
+    assert kept == []
+
+
 @torch.inference_mode()
 def test_float32_is_left_alone() -> None:
     layer = Linear(INPUTS, OUTPUTS)

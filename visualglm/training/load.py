@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from visualglm.backends.torch.chatglm import rotary_table
 from visualglm.backends.torch.joined import VisualGLMModel
+from visualglm.backends.torch.load import choose_dtype, mapped_tensor
+from visualglm.backends.torch.quantized_linear import Bits, QuantizedLinear
 from visualglm.checkpoint.model_dir import ModelDirectory
 from visualglm.config import DType, VisualGLMConfig
+from visualglm.export.quantize import quantize_blocks
+from visualglm.training.parts import is_quantized, whole_parts
 from visualglm.training.recipe import FinetuneRecipe, Precision
 
 Part = Literal["image", "text"]
 """ViT, Q-Former and projection; or the decoder."""
 ALL_PARTS: tuple[Part, ...] = ("image", "text")
+
+# Smaller than those of an export: nothing is gained here by few scales.
+QUANTIZATION_BLOCK = 64
+_MODULES: dict[Part, tuple[str, ...]] = {"image": ("vision", "qformer", "projection"), "text": ("text",)}
 
 
 def load_for_training(
@@ -26,9 +38,28 @@ def load_for_training(
     linear layers in whole numbers for qlora. Without "image" the model takes image embeddings only, without "text" it
     can only `encode_images`; what is left out takes no memory.
 
-    Raises `DeviceError` if the precision cannot be had on that device.
+    Raises `DeviceError` if the precision cannot be had on that device, `CheckpointError` if weights are not finite
+    numbers that are to be quantised.
     """
-    raise NotImplementedError
+    with torch.device("meta"):
+        model = VisualGLMModel(directory.config)
+    for part in _MODULES.keys() - set(parts):
+        for module in _MODULES[part]:
+            delattr(model, module)
+    dtype, whole = training_dtype(recipe.run.precision, directory.config, device), whole_parts(recipe.tune)
+    state = {}
+    for name in list(model.state_dict()):
+        if is_quantized(name, recipe.tune):
+            _quantize(model, name.removesuffix(".weight"), directory, recipe.tune.base_bits, device)
+        else:
+            precision = "float32" if name.split(".")[0] in whole else dtype
+            tensor = mapped_tensor(directory.tensors[name])
+            state[name] = tensor.to(device=device, dtype=getattr(torch, precision))
+    # Not strict: the layers that were quantised have their weights, under other names.
+    model.load_state_dict(state, strict=False, assign=True)
+    if "text" in parts:
+        model.text.rotary = rotary_table(directory.config.text, device)
+    return model
 
 
 def training_dtype(precision: Precision, config: VisualGLMConfig, device: torch.device) -> DType:
@@ -36,4 +67,37 @@ def training_dtype(precision: Precision, config: VisualGLMConfig, device: torch.
 
     With "float16" gradients must be scaled.
     """
-    raise NotImplementedError
+    chosen = choose_dtype(precision, config, device)
+    if precision == "auto" and chosen == "float16" and _has_bfloat16(device):
+        return "bfloat16"
+    return chosen
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+class _Rows:
+    """A matrix whose rows come as float32 when they are asked for."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix = matrix
+        self.shape = tuple(matrix.shape)
+
+    def __getitem__(self, rows: slice, /) -> NDArray[Any]:
+        widened: NDArray[np.float32] = self._matrix[rows].float().numpy()
+        return widened
+
+
+def _quantize(model: VisualGLMModel, name: str, directory: ModelDirectory, bits: Bits, device: torch.device) -> None:
+    """Put a quantised layer in the place of the linear layer `name`."""
+    weight = _Rows(mapped_tensor(directory.tensors[f"{name}.weight"]))
+    quantized = quantize_blocks(weight, bits, QUANTIZATION_BLOCK, name=f"{name}.weight")
+    data, scales, zeros = (
+        torch.from_numpy(array).to(device) for array in (quantized.data, quantized.scales, quantized.zeros())
+    )
+    # The bias is loaded with all the others.
+    with torch.device("meta"):
+        bias = torch.empty(len(data))
+    layer = QuantizedLinear(data, scales, zeros, bias, bits=bits, in_features=quantized.in_features)
+    model.set_submodule(name, layer, strict=True)

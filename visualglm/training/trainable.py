@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
+from peft import LoraConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from visualglm.backends.torch.chatglm import ChatGLM
 from visualglm.backends.torch.joined import VisualGLMModel
+from visualglm.backends.torch.prefix import random_prefixes, set_prefixes
+from visualglm.backends.torch.qformer import QFormer
+from visualglm.backends.torch.vit import ViT
+from visualglm.config import DType
+from visualglm.errors import CheckpointError
+from visualglm.training.lora import add_lora, is_lora, lora_config, peft_name
+from visualglm.training.loss import AnswerLoss
+from visualglm.training.parts import WholePart, whole_parts
 from visualglm.training.recipe import TuneRecipe
+
+_PART_NAMES: dict[WholePart, str] = {
+    "vision": "ViT", "qformer": "Q-Former", "projection": "projection", "text": "ChatGLM",
+}  # fmt: skip
 
 
 class Trained(NamedTuple):
@@ -20,66 +37,149 @@ class Trained(NamedTuple):
 
 
 class Trainable:
-    """A model of which some parameters are trained.
+    """A model of which some parameters are trained; `make_trainable` makes it.
 
-    model: on its device, in training mode where something is trained.
-    loss: the module whose forward is `compute_loss`: what DDP or FSDP wraps.
+    model: on its device. loss: the module whose forward is `compute_loss`: what DDP or FSDP wraps.
     """
 
-    model: VisualGLMModel
-    loss: nn.Module
+    def __init__(
+        self, model: VisualGLMModel, tune: TuneRecipe, lora: LoraConfig | None, autocast: torch.dtype | None
+    ) -> None:
+        self.model = model
+        self.loss = AnswerLoss(model, autocast)
+        self._tune = tune
+        self._lora = lora
+        self._lora_layers = tune.layers(model.config.text.num_hidden_layers) if tune.has_lora else ()
+        self._whole = whole_parts(tune)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Those that are trained, by their names in `model`, always in the same order."""
-        raise NotImplementedError
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def frozen_names(self) -> list[str]:
         """Names in `loss` of all parameters and buffers that are not trained: what DDP need not broadcast."""
-        raise NotImplementedError
-
-    def summary(self) -> list[Trained]:
-        """What is trained, one row a kind."""
-        raise NotImplementedError
+        frozen = [name for name, parameter in self.loss.named_parameters() if not parameter.requires_grad]
+        return frozen + [name for name, _ in self.loss.named_buffers()]
 
     @property
     def lowest_layer(self) -> int:
         """The first layer of the decoder in or below which something is trained."""
-        raise NotImplementedError
+        if self._whole or "ptuning" in self._tune.methods:
+            return 0
+        return self._lora_layers[0]
 
     @property
     def trains_vision(self) -> bool:
         """Whether image embeddings change while training, so that they must not be cached."""
-        raise NotImplementedError
+        return any(part != "text" for part in self._whole)
+
+    def summary(self) -> list[Trained]:
+        """What is trained, one row a kind."""
+        rows, tune = [], self._tune
+        if self._lora is not None:
+            layers = ", ".join(map(str, self._lora_layers))
+            what = f"LoRA on {', '.join(tune.target_modules)} (rank {tune.lora_rank}, alpha {tune.lora_alpha:g})"
+            rows.append(Trained(what, layers, self._count(is_lora)))
+        if "ptuning" in tune.methods:
+            rows.append(Trained(f"prefixes of {tune.prefix_length}", "all", self._count(_is_prefix)))
+        for part in self._whole:
+            rows.append(Trained(_PART_NAMES[part], "all", self._count(partial(_is_whole, part=part))))
+        return rows
 
     def lora_settings(self) -> dict[str, Any] | None:
         """What `adapter_config.json` of PEFT holds; None without LoRA."""
-        raise NotImplementedError
+        if self._lora is None:
+            return None
+        settings: dict[str, Any] = self._lora.to_dict()  # type: ignore[no-untyped-call]
+        return settings | {"target_modules": sorted(settings["target_modules"]), "inference_mode": True}
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """LoRA in PEFT's names (`base_model.model.text.layers.0.attention.qkv.lora_A.weight`), float32 on the CPU."""
-        raise NotImplementedError
+        return self._stored(is_lora)
 
     def prefix_tensors(self) -> dict[str, Tensor]:
         """Prefixes by `backends.torch.prefix.prefix_name`, float32 on the CPU."""
-        raise NotImplementedError
+        return self._stored(_is_prefix)
 
     def whole_tensors(self) -> dict[str, Tensor]:
-        """Parameters trained as a whole, by the names of `visualglm.parameters`, float32 on the CPU."""
-        raise NotImplementedError
+        """Parameters trained as a whole, by the names of `visualglm.parameters`, float32 on the CPU.
+
+        Under FSDP all processes must ask for them together.
+        """
+        return self._stored(lambda name: not is_lora(name) and not _is_prefix(name))
 
     def load_adapter_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `adapter_tensors`, `prefix_tensors` and `whole_tensors` gave (together, in one mapping).
 
         Raises `CheckpointError` if one is missing, too many, or of another shape.
         """
-        raise NotImplementedError
+        own = {_stored_name(name): parameter for name, parameter in self.parameters().items()}
+        for name in sorted(own.keys() ^ tensors.keys()):
+            raise CheckpointError(
+                f"The adapter {'lacks' if name in own else 'has'} the tensor {name}, but this recipe "
+                f"{'trains it' if name in own else 'does not train it'}; use the recipe it was made with."
+            )
+        for name, parameter in own.items():
+            if parameter.shape != tensors[name].shape:
+                raise CheckpointError(
+                    f"The adapter's tensor {name} has the shape {list(tensors[name].shape)}, but this recipe trains "
+                    f"{list(parameter.shape)}; use the recipe it was made with."
+                )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+    def _stored(self, belongs: Callable[[str], bool]) -> dict[str, Tensor]:
+        return {_stored_name(name): _whole_copy(p) for name, p in self.parameters().items() if belongs(name)}
+
+    def _count(self, belongs: Callable[[str], bool]) -> int:
+        return sum(parameter.numel() for name, parameter in self.parameters().items() if belongs(name))
 
 
 def make_trainable(
-    model: VisualGLMModel, tune: TuneRecipe, seed: int, *, activation_checkpointing: bool = False
+    model: VisualGLMModel,
+    tune: TuneRecipe,
+    seed: int,
+    *,
+    dtype: DType = "float32",
+    activation_checkpointing: bool = False,
 ) -> Trainable:
     """Freeze `model` except for what `tune` names, and give it LoRA and prefixes where `tune` asks for them.
 
-    Raises `ConfigError` for a layer that the model does not have, or methods that exclude each other.
+    dtype: what is computed in (`load.training_dtype`). Where whole parts are trained, whose weights are in float32,
+    an accelerator computes in `dtype` under autocast; a CPU does not, which has nothing to gain from it.
+    Raises `ConfigError` for a layer that the model does not have.
     """
-    raise NotImplementedError
+    whole = whole_parts(tune)
+    model.requires_grad_(False)
+    settings = lora_config(tune, model.config.text) if tune.has_lora else None
+    if settings is not None:
+        add_lora(model, settings, seed)
+    if "ptuning" in tune.methods:
+        set_prefixes(model.text, random_prefixes(model.text, tune.prefix_length, torch.Generator().manual_seed(seed)))
+    for part in whole:
+        getattr(model, part).requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, ViT | QFormer | ChatGLM):
+            module.recompute_activations = activation_checkpointing
+    on_cpu = model.text.norm.weight.device.type == "cpu"
+    autocast = None if not whole or on_cpu or dtype == "float32" else getattr(torch, dtype)
+    return Trainable(model.train(), tune, settings, autocast)
+
+
+def _is_prefix(name: str) -> bool:
+    return name.endswith(".prefix")
+
+
+def _is_whole(name: str, part: WholePart) -> bool:
+    return name.startswith(f"{part}.") and not is_lora(name) and not _is_prefix(name)
+
+
+def _stored_name(name: str) -> str:
+    return peft_name(name) if is_lora(name) else name
+
+
+def _whole_copy(parameter: nn.Parameter) -> Tensor:
+    data = parameter.detach()
+    whole = data.full_tensor() if isinstance(data, DTensor) else data
+    return whole.to("cpu", torch.float32, copy=True)

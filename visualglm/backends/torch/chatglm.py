@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from visualglm.backends.torch.kv_cache import KVCache
 from visualglm.backends.torch.linear import Linear
-from visualglm.backends.torch.modules import MLP, merge_heads, split_heads
+from visualglm.backends.torch.modules import MLP, merge_heads, run_layer, split_heads
+from visualglm.backends.torch.prefix import with_prefix
 from visualglm.config import TextConfig
 
 
@@ -39,12 +40,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class ChatGLMAttention(nn.Module):
+    """Attention between the columns of a prompt, and to the cached and the learned ones (`prefix`) if there are any."""
+
+    prefix: nn.Parameter | None
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = Linear(config.hidden_size, config.hidden_size)
-        self.prefix: nn.Parameter | None
         self.register_parameter("prefix", None)
 
     def forward(
@@ -54,6 +58,8 @@ class ChatGLMAttention(nn.Module):
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.append(layer, k, v)
+        if self.prefix is not None:
+            k, v, mask = with_prefix(self.prefix, k, v, mask)
         attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(merge_heads(attended))  # type: ignore[no-any-return]
 
@@ -78,13 +84,17 @@ class ChatGLMLayer(nn.Module):
 
 
 class ChatGLM(nn.Module):
-    """Token embeddings [batch, seq, width] → hidden states of the same shape, after the final norm."""
+    """Token embeddings [batch, seq, width] → hidden states of the same shape, after the final norm.
+
+    recompute_activations: whether training keeps only what goes into each layer, and computes the rest once more.
+    """
 
     rotary: Tensor
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute_activations = False
         # Not drawn at random: on the meta device that imports a computer algebra system, which takes two seconds.
         empty = torch.empty(config.vocab_size, config.hidden_size)
         self.word_embeddings = nn.Embedding.from_pretrained(empty, freeze=False)  # type: ignore[no-untyped-call]
@@ -100,7 +110,7 @@ class ChatGLM(nn.Module):
         cos, sin = self.rotary[:, position_ids.transpose(1, 2)].unsqueeze(2)
         x = inputs_embeds
         for index, layer in enumerate(self.layers):
-            x = layer(x, (cos, sin), mask, cache, index)
+            x = run_layer(layer, x, (cos, sin), mask, cache, index, recompute=self.recompute_activations)
         if cache is not None:
             cache.advance(inputs_embeds.shape[1])
         return self.norm(x)  # type: ignore[no-any-return]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -29,7 +31,9 @@ class VisualGLMModel(nn.Module):
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Pixels [images, 3, S, S] → image_embeds [images, queries, text width]."""
-        return self.projection(self.qformer(self.vision(pixels)))  # type: ignore[no-any-return]
+        # Parts that are trained may be in another precision than those that are not.
+        vision = self.vision(pixels.to(self.vision.class_token.dtype))
+        return self.projection(self.qformer(vision.to(self.qformer.query_tokens.dtype)))  # type: ignore[no-any-return]
 
     def embed(self, input_ids: Tensor, image_embeds: Tensor | None, image_starts: Tensor) -> Tensor:
         """Token embeddings [batch, seq, width] with each image in its row's slots.
@@ -64,8 +68,8 @@ class VisualGLMModel(nn.Module):
         hidden = self.text(self.text.word_embeddings(token_ids[:, None]), position_ids, mask, cache)
         return self.text.lm_head(hidden[:, -1])  # type: ignore[no-any-return]
 
-    def answer_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy over the labels that count.
+    def answer_loss(self, hidden: Tensor, labels: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+        """Cross-entropy, computed in float32, over the labels that count.
 
         hidden: [batch, seq, width]; labels: int64 [batch, seq], -100 where nothing is learnt. The label of a column is
         predicted from the column before it; only those columns go through `lm_head`.
@@ -73,4 +77,4 @@ class VisualGLMModel(nn.Module):
         targets = labels[:, 1:]
         counted = targets != IGNORED_LABEL
         logits = self.text.lm_head(hidden[:, :-1][counted]).float()
-        return functional.cross_entropy(logits, targets[counted])
+        return functional.cross_entropy(logits, targets[counted], reduction=reduction)

@@ -7,26 +7,35 @@ float32 on processors without instructions for these types: they are emulated, a
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 # Weights that are widened to float32 at once: they stay in the caches until they have been multiplied.
 _TILE_ELEMENTS = 1 << 19
 
+Rows = Callable[[slice], Tensor]
+"""Rows of a weight [out, in] in the type that is multiplied in."""
+
 
 class Linear(nn.Linear):
-    """`nn.Linear`, [..., in] → [..., out]; at inference on a CPU, half-precision weights are read at full speed."""
+    """`nn.Linear`, [..., in] → [..., out]; frozen half-precision weights are read at full speed on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         is_half_on_cpu = self.weight.device.type == "cpu" and self.weight.itemsize == 2
-        if torch.is_grad_enabled() or not is_half_on_cpu:
+        is_trained = torch.is_grad_enabled() and self.weight.requires_grad
+        if is_trained or not is_half_on_cpu:
             return super().forward(x)
         rows = x.flatten(0, -2)
-        if len(rows) == 1:
-            product = vector_product(rows[0], self.weight, self.bias)
+        needs_gradient = torch.is_grad_enabled() and x.requires_grad
+        if len(rows) == 1 and not needs_gradient:
+            product = vector_product(rows, self.weight, self.bias)
         elif has_half_instructions():
             product = functional.linear(rows, self.weight, self.bias)
         else:
@@ -41,17 +50,61 @@ def has_half_instructions() -> bool:
 
 
 def vector_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias`, [in] → [out]: a third faster than the product that takes several rows."""
-    return torch.mv(weight, x) if bias is None else torch.addmv(bias, weight, x)
+    """`x @ weight.T + bias`, [1, in] → [1, out]: a third faster than the product that takes several rows."""
+    return (torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0]))[None]
 
 
 def widened_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias`, [rows, in] → [rows, out], in the type of `x` but multiplied and added up in float32."""
-    columns = x.float().T.contiguous()
-    result = x.new_empty(len(x), len(weight))
-    step = max(1, _TILE_ELEMENTS // weight.shape[1])
-    for start in range(0, len(weight), step):
-        part = slice(start, start + step)
-        product = weight[part].float() @ columns
-        result[:, part] = (product if bias is None else product + bias[part, None]).T
-    return result
+    """`x @ weight.T + bias`, [rows, in] → [rows, out], in the type of `x` but multiplied and added up in float32.
+
+    Gradients flow to `x` alone.
+    """
+    return tiled_product(x, lambda rows: weight[rows].float(), len(weight), bias)
+
+
+def tiled_product(x: Tensor, rows: Rows, outputs: int, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias`, [n, in] → [n, outputs], for a frozen weight that is made a tile of its `rows` at a time.
+
+    It is multiplied in the type that `rows` gives; the result is of the type of `x`. Nothing but `rows` is kept for
+    the backward pass, in which gradients flow to `x` alone.
+    """
+    return _TiledProduct.apply(x, rows, outputs, bias)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _TiledProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Rows, outputs: int, bias: Tensor | None) -> Tensor:
+        ctx.rows, ctx.inputs, ctx.dtype = rows, x.shape[1], x.dtype
+        columns = x.to(_factor_type(x)).T.contiguous()
+        result = x.new_empty(len(x), outputs)
+        with _as_it_is(x):
+            for part in _tiles(outputs, x):
+                product = rows(part) @ columns
+                result[:, part] = (product if bias is None else product + bias[part, None]).T
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        factor = gradient.to(_factor_type(gradient))
+        result = factor.new_zeros(len(factor), ctx.inputs)
+        with _as_it_is(factor):
+            for part in _tiles(factor.shape[1], result):
+                result.addmm_(factor[:, part], ctx.rows(part))
+        return result.to(ctx.dtype), None, None, None
+
+
+def _as_it_is(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast, where it is on, would narrow again what was widened."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _factor_type(x: Tensor) -> torch.dtype:
+    """On a CPU that of tiles, float32; other devices multiply in the type of `x`."""
+    return torch.float32 if x.device.type == "cpu" else x.dtype
+
+
+def _tiles(outputs: int, x: Tensor) -> Iterator[slice]:
+    """Parts of the rows of a weight; all at once on devices that need not be spared."""
+    step = max(1, _TILE_ELEMENTS // x.shape[1]) if x.device.type == "cpu" else max(1, outputs)
+    return (slice(start, start + step) for start in range(0, outputs, step))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import get_args
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from visualglm.backends.torch.backend import TorchBackend
 from visualglm.checkpoint.model_dir import ModelDirectory
+from visualglm.checkpoint.tensors import Tensor as StoredTensor
 from visualglm.config import DType, VisualGLMConfig
 from visualglm.errors import DeviceError
 from visualglm.memory import available_memory, estimate_memory, require_memory
@@ -33,9 +33,8 @@ def load_torch_backend(directory: ModelDirectory, device: str = "auto", dtype: s
     if precision == "float32" and target.type == "cuda":
         # By default convolutions, unlike matrix products, are rounded to 10 bits there: not what float32 is asked for.
         torch.backends.cudnn.allow_tf32 = False
-    return TorchBackend.from_tensors(
-        directory.config, _mapped_tensors(directory), device=target, dtype=getattr(torch, precision)
-    )
+    tensors = ((name, mapped_tensor(stored)) for name, stored in directory.tensors.items())
+    return TorchBackend.from_tensors(directory.config, tensors, device=target, dtype=getattr(torch, precision))
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -72,12 +71,12 @@ def choose_dtype(name: str, config: VisualGLMConfig, device: torch.device) -> DT
     raise DeviceError(f"The precision {name!r} is unknown; give auto, {', '.join(get_args(DType))}.")
 
 
-def _mapped_tensors(directory: ModelDirectory) -> Iterator[tuple[str, Tensor]]:
-    for name, stored in directory.tensors.items():
-        array = stored.array()
-        # numpy has no bfloat16: the bits come as uint16.
-        tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if stored.dtype == "bfloat16" else None
-        yield name, torch.from_numpy(array) if tensor is None else tensor
+def mapped_tensor(stored: StoredTensor) -> Tensor:
+    """A tensor where it lies on the disk, mapped into memory; writing to it changes no file."""
+    array = stored.array()
+    # numpy has no bfloat16: the bits come as uint16.
+    is_bits = stored.dtype == "bfloat16"
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if is_bits else torch.from_numpy(array)
 
 
 def _memory_of(device: torch.device) -> int:

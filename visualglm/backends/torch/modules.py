@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from visualglm.backends.torch.linear import Linear
 
@@ -18,6 +20,13 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """[batch, heads, seq, head_dim] → [batch, seq, width]."""
     return x.transpose(1, 2).flatten(2)
+
+
+def run_layer(layer: nn.Module, *inputs: Any, recompute: bool) -> Tensor:
+    """`layer(*inputs)`; with `recompute` activations are not kept for the backward pass but computed again in it."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
+    return layer(*inputs)  # type: ignore[no-any-return]
 
 
 class SelfAttention(nn.Module):

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from visualglm.backends.torch.chatglm import ChatGLM, ChatGLMAttention
+if TYPE_CHECKING:
+    from visualglm.backends.torch.chatglm import ChatGLM
+
+
+def with_prefix(
+    prefix: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values and mask with those of a prefix [2, heads, length, head_dim] appended, visible to all columns.
+
+    keys, values: [batch, heads, columns, head_dim]; mask: bool [batch, 1, seq, columns], or None where all is visible.
+    A prefix has no position: it is not rotated.
+    """
+    own = prefix.to(keys.dtype).unsqueeze(1).expand(-1, len(keys), -1, -1, -1)
+    keys, values = (torch.cat([there, added], dim=2) for there, added in zip((keys, values), own, strict=True))
+    if mask is not None:
+        mask = torch.cat([mask, mask.new_ones(*mask.shape[:-1], prefix.shape[2])], dim=-1)
+    return keys, values, mask
 
 
 def prefix_name(layer: int) -> str:
@@ -17,9 +34,10 @@ def prefix_name(layer: int) -> str:
 
 def set_prefixes(text: ChatGLM, prefixes: Mapping[str, Tensor] | None) -> None:
     """Give the layers their prefixes, by `prefix_name`, in place of those they have; None takes all of them away."""
-    layers: list[ChatGLMAttention] = [layer.attention for layer in text.layers]  # type: ignore[misc]
-    for index, attention in enumerate(layers):
-        attention.prefix = None if prefixes is None else nn.Parameter(prefixes[prefix_name(index)])
+    device = text.norm.weight.device
+    for index, layer in enumerate(text.layers):
+        own = None if prefixes is None else nn.Parameter(prefixes[prefix_name(index)].to(device))
+        layer.attention.prefix = own  # type: ignore[union-attr]
 
 
 def random_prefixes(text: ChatGLM, length: int, generator: torch.Generator) -> dict[str, Tensor]:

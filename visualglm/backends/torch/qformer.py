@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from visualglm.backends.torch.linear import Linear
-from visualglm.backends.torch.modules import MLP, SelfAttention, merge_heads, split_heads
+from visualglm.backends.torch.modules import MLP, SelfAttention, merge_heads, run_layer, split_heads
 from visualglm.config import QFormerConfig
 
 
@@ -53,6 +53,7 @@ class QFormer(nn.Module):
 
     def __init__(self, config: QFormerConfig, vision_width: int) -> None:
         super().__init__()
+        self.recompute_activations = False
         self.query_tokens = nn.Parameter(torch.empty(config.num_query_tokens, config.hidden_size))
         self.layers = nn.ModuleList(
             QFormerLayer(config, vision_width, index in config.cross_attention_layers)
@@ -63,5 +64,5 @@ class QFormer(nn.Module):
     def forward(self, vision: Tensor) -> Tensor:
         x = self.query_tokens.expand(len(vision), -1, -1)
         for layer in self.layers:
-            x = layer(x, vision)
+            x = run_layer(layer, x, vision, recompute=self.recompute_activations)
         return self.norm(x)  # type: ignore[no-any-return]

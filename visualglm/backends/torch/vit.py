@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from visualglm.backends.torch.modules import MLP, SelfAttention
+from visualglm.backends.torch.modules import MLP, SelfAttention, run_layer
 from visualglm.config import VisionConfig
 
 
@@ -29,6 +29,7 @@ class ViT(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
+        self.recompute_activations = False
         self.patch_embed = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, config.patch_size)
         self.class_token = nn.Parameter(torch.empty(1, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.empty(config.sequence_length, config.hidden_size))
@@ -40,5 +41,5 @@ class ViT(nn.Module):
         class_token = self.class_token.expand(len(pixels), 1, -1)
         x = torch.cat([class_token, patches], dim=1) + self.position_embeddings
         for layer in self.layers:
-            x = layer(x)
+            x = run_layer(layer, x, recompute=self.recompute_activations)
         return self.norm(x)  # type: ignore[no-any-return]
