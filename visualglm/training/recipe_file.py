@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from visualglm.checkpoint.files import readable
 from visualglm.errors import ConfigError
 from visualglm.faults import first_fault
 from visualglm.training.recipe import FinetuneRecipe, recipe_keys
@@ -115,11 +116,11 @@ def _validate(values: Mapping[str, Any], source: str) -> FinetuneRecipe:
 
 
 def _unknown(key: str) -> str:
-    """The sentence about a key that is not there, with the one that may have been meant."""
-    known = list(recipe_keys())
-    by_name = {name.rpartition(".")[2]: name for name in known}
-    near = get_close_matches(key, known, n=1, cutoff=0.8) or [
-        by_name[name] for name in get_close_matches(key.rpartition(".")[2], by_name, n=1)
-    ]
-    remedy = f"do you mean {near[0]}?" if near else "docs/finetune.md lists those there are."
-    return f"the key {key[:100]} is unknown; {remedy}"
+    """The clause about a key that is not there, with those that may have been meant."""
+    part, _, name = key.rpartition(".")
+    names = {known.rpartition(".")[2]: known for known in recipe_keys()}
+    near = [known for other, known in names.items() if known.startswith(f"{part}.") and name and name in other]
+    near = near or [names[other] for other in get_close_matches(name, names, n=1)]
+    near = near or [known for known in names.values() if known.startswith(f"{part}.")]
+    remedy = f"do you mean {' or '.join(near)}?" if near else "docs/finetune.md lists those there are."
+    return f"the key {readable(key)} is unknown; {remedy}"
