@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
 from visualglm.backends.base import Backend
+from visualglm.checkpoint.adapter_dir import AdapterDirectory, open_adapter, require_base
+from visualglm.checkpoint.files import checked_path
 from visualglm.checkpoint.lite_dir import LiteDirectory, Precision, is_lite_directory, open_lite_directory
+from visualglm.checkpoint.merge import fingerprint_of_both, merged
 from visualglm.checkpoint.model_dir import ModelDirectory, open_model_directory
 from visualglm.config import DType, VisualGLMConfig
 from visualglm.errors import DeviceError
@@ -47,6 +52,8 @@ class Choice:
     dtype: str
     name: str
     tokenizer_path: Path | None
+    adapters: Mapping[str, AdapterDirectory] = field(default_factory=dict)
+    """By name, the first of them in use; for onnx the one that is merged into `directory`."""
 
     @property
     def config(self) -> VisualGLMConfig:
@@ -54,10 +61,21 @@ class Choice:
 
     @property
     def fingerprint(self) -> str:
-        """Of the model, whatever its form."""
+        """Of the model, whatever its form, with the adapter that is in use."""
         if isinstance(self.directory, LiteDirectory):
             return self.directory.manifest.model_fingerprint
-        return self.directory.fingerprint
+        used = next(iter(self.adapters.values()), None)
+        return fingerprint_of_both(self.directory.fingerprint, used) if used else self.directory.fingerprint
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of its adapters."""
+        return [
+            f"The adapter {adapter.path} does not say which model it belongs to; "
+            "that it fits this one is all that could be checked."
+            for adapter in self.adapters.values()
+            if not adapter.knows_base
+        ]
 
     @property
     def memory(self) -> MemoryEstimate:
@@ -74,7 +92,13 @@ class Choice:
         """
         path = self.tokenizer_path
         tokenizer = None if path is None else Tokenizer.for_model(path, self.config.text)
-        return VisualGLM(self._load_backend(threads), tokenizer, name=self.name)
+        if isinstance(self.directory, LiteDirectory):
+            return VisualGLM(self._load_backend(threads), tokenizer, name=self.name)
+        model = VisualGLM(self._load_backend(threads), tokenizer, name=self.name, directory=self.directory)
+        for name, adapter in self.adapters.items():
+            model.add_adapter(name, adapter)
+        model.use_adapter(next(iter(self.adapters), None))
+        return model
 
     def _load_backend(self, threads: int | None) -> Backend:
         if isinstance(self.directory, LiteDirectory):
@@ -104,9 +128,16 @@ def load_model(
     path: str | Path | None, *, backend: str, device: str, dtype: str, adapter: str | Path | None
 ) -> VisualGLM:
     """See `visualglm.load`."""
-    if adapter is not None:
-        raise DeviceError(f"The adapter {adapter} cannot be used: this version of visualglm has no adapters yet.")
-    return choose(path, backend=backend, device=device, dtype=dtype).load()
+    adapters = {} if adapter is None else {adapter_name(adapter): adapter}
+    choice = choose(path, backend=backend, device=device, dtype=dtype, adapters=adapters)
+    for note in choice.notes:
+        warnings.warn(note, stacklevel=3)
+    return choice.load()
+
+
+def adapter_name(path: str | Path) -> str:
+    """What an adapter is called if it is given no name: as its folder is."""
+    return checked_path(path).resolve().name
 
 
 def choose(
@@ -115,6 +146,7 @@ def choose(
     backend: str,
     device: str,
     dtype: str,
+    adapters: Mapping[str, str | Path] | None = None,
     exporting: Exporting | None = None,
     exporter: Exporter = cached_export,
 ) -> Choice:
@@ -122,32 +154,69 @@ def choose(
 
     "auto" is torch on a GPU and onnx on a CPU. A model directory that onnx is to run is exported by `exporter`:
     once, into the cache. `exporting` gives the context in which the progress of that is shown.
+    adapters: folders by the names they are to have, the first to be used. onnx takes one, which is merged for it;
+    where there are several, or learned prefixes, "auto" is torch.
     Raises a `VisualGLMError`.
     """
     _check_known("backend", backend, get_args(BackendName))
     _check_known("precision", dtype, get_args(DTypeName))
     if path is not None and is_lite_directory(path):
+        if adapters:
+            raise DeviceError(
+                f"{path} is an export, which takes no adapter; give the model directory that it was made from, "
+                "or export that with --adapter."
+            )
         return _exported(open_lite_directory(path), backend, device, dtype)
     directory = open_model_directory(builtin_path() if path is None else path)
     name = BUILTIN_NAME if path is None else str(directory.path)
-    export = _Export(directory, _precision(directory, dtype), is_builtin=path is None)
+    opened = _open_adapters(adapters or {}, directory)
+    if len(opened) == 1:
+        name += f" with adapter {next(iter(opened.values())).path}"
+    only_torch = _why_only_torch(opened)
+    if backend == "auto" and only_torch:
+        backend = "torch"
+    elif backend == "onnx" and only_torch:
+        raise DeviceError(f"The onnx backend cannot run {only_torch}; give --backend torch.")
+    export = _Export(directory, opened, _precision(directory, dtype), is_builtin=path is None)
     if _use_torch(backend, device, dtype, export):
         _require_torch(dtype)
-        return Choice(directory, "torch", device, dtype, name, directory.tokenizer_path)
-    return Choice(export.open(exporter, exporting), "onnx", device, dtype, name, directory.tokenizer_path)
+        return Choice(directory, "torch", device, dtype, name, directory.tokenizer_path, opened)
+    return Choice(export.open(exporter, exporting), "onnx", device, dtype, name, directory.tokenizer_path, opened)
+
+
+def _open_adapters(adapters: Mapping[str, str | Path], directory: ModelDirectory) -> dict[str, AdapterDirectory]:
+    opened = {name: open_adapter(path) for name, path in adapters.items()}
+    for adapter in opened.values():
+        require_base(adapter, directory)
+    return opened
+
+
+def _why_only_torch(adapters: Mapping[str, AdapterDirectory]) -> str | None:
+    """What of the adapters no export can hold."""
+    if len(adapters) > 1:
+        return "several adapters, since an export has one merged into its weights"
+    prefixed = next((adapter.path for adapter in adapters.values() if adapter.prefix), None)
+    return f"the adapter {prefixed}, which has learned prefixes (P-tuning)" if prefixed else None
 
 
 @dataclass(frozen=True)
 class _Export:
     """The export of a model directory, which may have to be made first."""
 
-    directory: ModelDirectory
+    base: ModelDirectory
+    adapters: Mapping[str, AdapterDirectory]
     precision: Precision
     is_builtin: bool
 
+    @cached_property
+    def directory(self) -> ModelDirectory:
+        """The base, or what it is with its adapter."""
+        adapter = next(iter(self.adapters.values()), None)
+        return merged(self.base, adapter) if adapter else self.base
+
     @property
     def can_be_had(self) -> bool:
-        return self._comes_along or is_cached(self.directory, self.precision) or find_spec("onnx") is not None
+        return self._comes_along or find_spec("onnx") is not None or is_cached(self.directory, self.precision)
 
     def open(self, exporter: Exporter, exporting: Exporting | None) -> LiteDirectory:
         if self._comes_along:
@@ -156,7 +225,7 @@ class _Export:
 
     @property
     def _comes_along(self) -> bool:
-        return self.is_builtin and self.precision == "fp32"
+        return self.is_builtin and self.precision == "fp32" and not self.adapters
 
 
 def _exported(directory: LiteDirectory, backend: str, device: str, dtype: str) -> Choice:

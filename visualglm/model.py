@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from visualglm.backends.base import Backend, ImageEmbeds
+from visualglm.backends.base import AdaptableBackend, Backend, ImageEmbeds
+from visualglm.checkpoint.adapter_dir import AdapterDirectory, open_adapter, require_base, require_finite
+from visualglm.checkpoint.model_dir import ModelDirectory
 from visualglm.config import VisualGLMConfig
-from visualglm.errors import ImageError, PromptError, TokenizerError
+from visualglm.errors import ConfigError, DeviceError, ImageError, PromptError, TokenizerError
 from visualglm.faults import brief
 from visualglm.generation.config import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
 from visualglm.generation.decoding import Decoding, generate_ids
@@ -55,7 +57,10 @@ class Answer(Iterator[str]):
 
 
 class VisualGLM:
-    """A model on a backend, with its tokenizer; made by `visualglm.load`."""
+    """A model on a backend, with its tokenizer; made by `visualglm.load`.
+
+    directory: what it was loaded from, which its adapters must belong to.
+    """
 
     def __init__(
         self,
@@ -63,6 +68,7 @@ class VisualGLM:
         tokenizer: Tokenizer | None,
         *,
         name: str = "model",
+        directory: ModelDirectory | None = None,
         image_limits: ImageLimits | None = None,
         allow_urls: bool = False,
     ) -> None:
@@ -71,6 +77,54 @@ class VisualGLM:
         self.image_limits = image_limits or ImageLimits()
         self.allow_urls = allow_urls
         self._tokenizer = tokenizer
+        self._directory = directory
+        self._adapters: list[str] = []
+        self._adapter: str | None = None
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that can be used."""
+        return tuple(self._adapters)
+
+    @property
+    def adapter(self) -> str | None:
+        """The name of the adapter in use."""
+        return self._adapter
+
+    def add_adapter(self, name: str, adapter: str | Path | AdapterDirectory) -> None:
+        """Load an adapter, given as its folder or opened, beside the model, to be used by `use_adapter(name)`.
+
+        Raises a `VisualGLMError` if there is none, it belongs to another model (one that names no model is taken
+        where it fits), the name is taken, or the model runs on a backend that cannot switch.
+        """
+        if name in self._adapters:
+            raise ConfigError(f"There is an adapter {name!r} already; give this one another name.")
+        if self._directory is None or not isinstance(self.backend, AdaptableBackend):
+            raise DeviceError(
+                f"The model {self.name} runs as {self.backend.description}, which cannot switch adapters; "
+                'load the model directory with backend="torch".'
+            )
+        if not isinstance(adapter, AdapterDirectory):
+            adapter = open_adapter(adapter)
+        require_base(adapter, self._directory)
+        require_finite(adapter)
+        self.backend.add_adapter(name, adapter)
+        self._adapters.append(name)
+
+    def use_adapter(self, name: str | None) -> None:
+        """Answer with an adapter that was added from now on, or with none; nothing is loaded again.
+
+        Images that were encoded with another adapter should be encoded again, if one of the two changes the image
+        encoder. Raises `ConfigError` if there is no adapter of that name.
+        """
+        if name == self._adapter:
+            return
+        if name is not None and name not in self._adapters:
+            known = f"there are {', '.join(self._adapters)}" if self._adapters else "none was added"
+            raise ConfigError(f"There is no adapter {name!r}: {known}; give one that is there, or none.")
+        if isinstance(self.backend, AdaptableBackend):
+            self.backend.use_adapter(name)
+        self._adapter = name
 
     @property
     def config(self) -> VisualGLMConfig:

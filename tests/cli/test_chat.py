@@ -88,7 +88,7 @@ def test_dropped_turns_are_told(invoke: Invoke, tiny_model_dir: Path, model: Vis
 def test_unknown_commands_are_told(invoke: Invoke, tiny_model_dir: Path):
     outcome = invoke("chat", "-m", tiny_model_dir, stdin=":save it\n")
     assert (outcome.code, outcome.out) == (1, "")
-    assert "There is no command :save; the commands are :image, :clear, :help, :quit." in outcome.err
+    assert "There is no command :save; the commands are :image, :clear, :adapter, :help, :quit." in outcome.err
 
 
 def test_bad_image_at_the_start(invoke: Invoke, tiny_model_dir: Path):

@@ -7,6 +7,7 @@ import re
 import sys
 from typing import Annotated
 
+from PIL.Image import Image
 from typer import Exit, Option
 
 from visualglm.backends.base import ImageEmbeds
@@ -24,13 +25,14 @@ from visualglm.processing.prompt import Turn
 HELP = """\
 :image FILE   talk about another image (without FILE: about none)
 :clear        forget what was said, keep the image      (or: clear)
+:adapter NAME answer with another --adapter (without NAME: with none)
 :help         show this
 :quit         leave                                     (or: stop, quit, exit, Ctrl-D)
 Ctrl-C stops an answer; at the prompt, twice leaves."""
 
 # Words of the original program, alone on a line.
 _PLAIN_WORDS = {"clear": ":clear", "stop": ":quit", "quit": ":quit", "exit": ":quit"}
-_COMMANDS = (":image", ":clear", ":help", ":quit")
+_COMMANDS = (":image", ":clear", ":adapter", ":help", ":quit")
 _COMMAND = re.compile(r":[A-Za-z]\w*")
 Command = tuple[str, str]
 
@@ -50,9 +52,9 @@ def chat(
     generation.config()
     questions = read_questions()
     picture = None if image is None else load_image(image, images.limits(), allow_urls=images.allow_urls)
-    model = load_model(options, images, messages)
+    model = load_model(options, images, messages, switches=True)
     conversation = Conversation(model, generation.fitted(model.config.text), messages)
-    conversation.embeds = None if picture is None else model.encode_image(picture)
+    conversation.show(picture)
     if sys.stdin.isatty():
         messages.tell("Type a question, or :help.")
     failed = False
@@ -94,10 +96,16 @@ class Conversation:
 
     def __init__(self, model: VisualGLM, generation: GenerationOptions, messages: Messages) -> None:
         self.embeds: ImageEmbeds | None = None
+        self._picture: Image | None = None
         self.history: list[Turn] = []
         self._model = model
         self._generation = generation
         self._messages = messages
+
+    def show(self, picture: Image | None) -> None:
+        """Talk about this image from now on, or about none."""
+        self.embeds = None if picture is None else self._model.encode_image(picture)
+        self._picture = picture
 
     def answer(self, question: str) -> None:
         """Answer on stdout; if that is interrupted, what was said stays said. Raises a `VisualGLMError`."""
@@ -113,18 +121,26 @@ class Conversation:
                 self.history.append((question, "".join(pieces)))
 
     def obey(self, command: str, rest: str) -> None:
-        """Do what a command says; raises `ImageError`, and `PromptError` if there is no such command."""
+        """Do what a command says; raises a `VisualGLMError`, such as `PromptError` if there is no such command."""
         if command not in _COMMANDS:
             raise PromptError(f"There is no command {command}; the commands are {', '.join(_COMMANDS)}.")
         if command == ":image":
-            self.embeds = self._model.encode_image(_typed_path(rest)) if rest else None
+            self.show(self._load(_typed_path(rest)) if rest else None)
             self.history.clear()
             self._messages.tell(f"Now about {rest or 'no image'}; what was said before is forgotten.")
         elif command == ":clear":
             self.history.clear()
             self._messages.tell("What was said is forgotten.")
+        elif command == ":adapter":
+            self._model.use_adapter(rest or None)
+            # It may have changed what the model sees in an image.
+            self.show(self._picture)
+            self._messages.tell(f"Now with {f'the adapter {rest}' if rest else 'no adapter'}.")
         else:
             print_note(HELP)
+
+    def _load(self, path: str) -> Image:
+        return load_image(path, self._model.image_limits, allow_urls=self._model.allow_urls)
 
     def _drop_what_does_not_fit(self, question: str) -> None:
         prompt = self._model.prompt(

@@ -43,6 +43,15 @@ class ModelOptions:
         DTypeName,
         Option(help="Precision; auto: exact for small models; else int8, on a GPU as stored.", rich_help_panel=_MODEL),
     ] = "auto"
+    adapter: Annotated[
+        list[str] | None,
+        Option(
+            "--adapter",
+            metavar="DIR",
+            help="What fine-tuning made of the model; chat takes several, as DIR or NAME=DIR.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
     quiet: Quiet = False
 
 
