@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from visualglm.checkpoint.adapter_dir import AdapterDirectory
 from visualglm.config import VisualGLMConfig
 from visualglm.processing.layout import Layout
 
@@ -66,4 +67,17 @@ class Backend(Protocol):
 
     def logits(self, layout: Layout, image_embeds: Sequence[ImageEmbeds]) -> NDArray[np.float32]:
         """Logits [batch, seq, vocab] of a whole prompt, without a cache."""
+        ...
+
+
+@runtime_checkable
+class AdaptableBackend(Backend, Protocol):
+    """A backend that holds several adapters beside its model and computes with one of them, or with none."""
+
+    def add_adapter(self, name: str, adapter: AdapterDirectory) -> None:
+        """Load an adapter that fits the model and is finite, in place of another of that name, but use it not yet."""
+        ...
+
+    def use_adapter(self, name: str | None) -> None:
+        """Compute with the adapter of that name from now on; None: with the model as it is."""
         ...

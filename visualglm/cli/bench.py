@@ -65,6 +65,8 @@ def bench(
     for needed in (folder, output and output.parent):
         if needed and not needed.is_dir():
             raise ConfigError(f"The folder {needed} does not exist; create it, or give another.")
+    if preset and options.adapter:
+        raise ConfigError("An adapter belongs to a model, not to random weights; leave --preset or --adapter out.")
     if preset:
         found: AbstractContextManager[Choice] = _random_model(preset, layers, folder, keep, options, messages)
     else:

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from visualglm.backends.base import ImageEmbeds
+from visualglm.backends.torch.adapters import TorchAdapters
 from visualglm.backends.torch.chatglm import rotary_table
 from visualglm.backends.torch.joined import VisualGLMModel
 from visualglm.backends.torch.kv_cache import KVCache
+from visualglm.checkpoint.adapter_dir import AdapterDirectory
 from visualglm.config import VisualGLMConfig
 from visualglm.errors import DeviceError
 from visualglm.processing.layout import Layout
@@ -67,6 +69,7 @@ class TorchBackend:
         self.model = model.eval().requires_grad_(False)
         self.device = model.projection.weight.device
         self.dtype = model.projection.weight.dtype
+        self._adapters = TorchAdapters(model)
 
     @classmethod
     def from_tensors(
@@ -94,6 +97,18 @@ class TorchBackend:
     @property
     def description(self) -> str:
         return f"torch on {self.device}, {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def threads(self) -> int:
+        return torch.get_num_threads()
+
+    def add_adapter(self, name: str, adapter: AdapterDirectory) -> None:
+        """See `AdaptableBackend`."""
+        self._adapters.add(name, adapter)
+
+    def use_adapter(self, name: str | None) -> None:
+        """See `AdaptableBackend`."""
+        self._adapters.use(name)
 
     @_computes
     def encode_images(self, pixels: NDArray[np.float32]) -> list[ImageEmbeds]:
