@@ -42,7 +42,8 @@ class LiteForm(BaseModel):
     """How the graphs of an export compute.
 
     kv_cache: type of keys and values, which means nothing without use_past. block_size: weights that share a scale,
-    None if they are not quantised. onnxruntime_version: what was installed when the export was made.
+    None if they are not quantised. int8_layers: kinds of linear layers that have 8 bits where the others have 4, such
+    as "qkv". onnxruntime_version: what was installed when the export was made.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -51,12 +52,14 @@ class LiteForm(BaseModel):
     kv_cache: CacheType
     use_past: bool
     block_size: PositiveInt | None = None
+    int8_layers: tuple[str, ...] = ()
     onnxruntime_version: str | None = None
 
     @property
     def title(self) -> str:
-        """In words: "int4 in blocks of 128, KV cache float32, made beside onnxruntime 1.32.0"."""
-        facts = [f"{self.precision} in blocks of {self.block_size}" if self.block_size else self.precision]
+        """In words: "int4 (qkv int8) in blocks of 128, KV cache int8, made beside onnxruntime 1.32.0"."""
+        wider = f" ({', '.join(self.int8_layers)} int8)" if self.int8_layers else ""
+        facts = [f"{self.precision}{wider} in blocks of {self.block_size}" if self.block_size else self.precision]
         facts.append(f"KV cache {self.kv_cache}" if self.use_past else "no KV cache")
         if self.onnxruntime_version:
             facts.append(f"made beside onnxruntime {self.onnxruntime_version}")

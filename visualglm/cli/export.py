@@ -30,21 +30,34 @@ def export(
         Literal["auto", "float32", "int8"], Option(help="How keys and values are kept; auto: int8 with int4 and int8.")
     ] = "auto",
     method: Annotated[
-        Literal["search", "rtn"], Option(help="Look for the best scales, or round to the nearest.")
+        Literal["search", "rtn", "gptq"],
+        Option(help="Look for the best scales; round to the nearest; or let examples tell which errors matter."),
     ] = "search",
+    int8_layers: Annotated[
+        str, Option(metavar="KINDS", help="With int4, layers that keep 8 bits: some of qkv,proj,fc1,fc2,lm_head.")
+    ] = "",
+    calibration: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="JSONL of img, prompt and label that gptq learns from; the built-in needs none."),
+    ] = None,
+    evaluate: Annotated[
+        int | None,
+        Option(metavar="N", min=0, help="Scenes or rows to judge the export by; else 100 where there are some."),
+    ] = None,
     force: Annotated[bool, Option("--force", help="Replace OUT if it holds an export and nothing else.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Export a model directory for ONNX Runtime, which runs it without torch.
 
-    What rounding did to each layer is written to quantization.json in OUT.
+    What rounding did to each layer, and to answers as far as they are known, is written to quantization.json in OUT.
     """
     messages = Messages(quiet)
     directory = open_model_directory(model)
     require_export_tools()
     from visualglm.export.onnx import ExportOptions, export_onnx
 
-    options = ExportOptions(precision, not no_use_past, block_size, kv_cache, method)
+    kinds = tuple(kind.strip() for kind in int8_layers.split(",")) if int8_layers else ()
+    options = ExportOptions(precision, not no_use_past, block_size, kv_cache, method, kinds, calibration, evaluate)
     with messages.byte_progress("exporting") as report:
         done = export_onnx(directory, output, options, force=force, report=report)
     print_table(_facts(model, done))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import TensorProto
 
 from visualglm.checkpoint.tensors import Tensor
 from visualglm.export.linear import LayerError, Linear, Rows
@@ -66,3 +69,24 @@ class Layers:
 
     def rows(self, name: str, order: NDArray[np.int64] | None = None) -> Rows:
         return Rows(name, self._tensors[name], order)
+
+
+def write_graph(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    linear: Linear,
+    add: Callable[[Layers], None],
+    *,
+    float_type: int = TensorProto.FLOAT,
+    description: str = "",
+    wrote: Callable[[int], None] = lambda count: None,
+) -> list[LayerError]:
+    """Write the graph that `add` makes to `path`, and its weights beside it; returns what rounding did to its layers.
+
+    float_type: in which it computes. `wrote` is told the bytes of weights as they are written.
+    """
+    with closing(OnnxGraph(path.stem, path.with_name(f"{path.name}.data"), float_type, wrote)) as graph:
+        layers = Layers(graph, tensors, linear)
+        add(layers)
+        graph.save(path, description)
+    return layers.errors

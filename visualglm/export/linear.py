@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from onnx import TensorProto
 from visualglm.checkpoint.tensors import Tensor
 from visualglm.errors import CheckpointError
 from visualglm.export.onnx_graph import CONTRIB, OnnxGraph
-from visualglm.export.quantize import Bits, Method, quantize_blocks
+from visualglm.export.rounding import Rounding
 from visualglm.parameters import Shape
 
 Floats = NDArray[np.float32]
@@ -80,12 +80,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class LayerError:
-    """What rounding did to a layer: ||W - W'||² / ||W||²."""
+    """What rounding did to a layer: ||W - W'||² / ||W||², or of its outputs, ||(W - W') X||² / ||W X||²."""
 
     name: str
     bits: int
     symmetric: bool
     relative_error: float
+    of: Literal["weights", "outputs"] = "weights"
 
 
 class Linear(Protocol):
@@ -114,18 +115,25 @@ class StoredLinear:
         return None
 
 
+class TappedLinear(StoredLinear):
+    """As stored; what each layer is given becomes an output of the graph, under the layer's name."""
+
+    def add(self, graph: OnnxGraph, x: str, name: str, weight: Rows, bias: str, gain: float) -> str:
+        graph.output(name, x, graph.float_type, ["batch", "sequence", weight.shape[1]])
+        return super().add(graph, x, name, weight, bias, gain)
+
+
 class BlockLinear:
     """Blocks of 8 or 4 bits along the inputs, each with a scale: read at the speed of the memory, a token at a time."""
 
-    def __init__(self, bits: Bits, block_size: int, method: Method) -> None:
-        self._bits: Bits = bits
-        self._block_size = block_size
-        self._method: Method = method
+    def __init__(self, rounding: Rounding) -> None:
+        self._rounding = rounding
         self._errors: dict[str, LayerError] = {}
 
     def add(self, graph: OnnxGraph, x: str, name: str, weight: Rows, bias: str, gain: float) -> str:
-        codes = quantize_blocks(weight, self._bits, self._block_size, self._method, name=f"{name}.weight")
-        self._errors[name] = LayerError(name, self._bits, codes.zero_points is None, codes.error)
+        codes = self._rounding.quantize(weight, name)
+        symmetric = codes.zero_points is None
+        self._errors[name] = LayerError(name, codes.bits, symmetric, codes.error, self._rounding.measure)
         arrays = {"weight": codes.data, "scales": codes.scales / np.float32(gain), "zero_points": codes.zero_points}
         inputs = {"zero_points": ""}
         for part, array in arrays.items():
@@ -138,8 +146,8 @@ class BlockLinear:
             domain=CONTRIB,
             K=weight.shape[1],
             N=weight.shape[0],
-            bits=self._bits,
-            block_size=self._block_size,
+            bits=codes.bits,
+            block_size=codes.block_size,
             accuracy_level=_INT8_ACTIVATIONS,
         )
 
