@@ -16,9 +16,10 @@ from torch import Tensor
 from tests.backends.conftest import GOLDEN_NAMES, GOLDENS, Golden, load_golden  # noqa: F401
 from tests.backends.test_goldens import layout_of, model_of
 from visualglm.backends.torch.backend import TorchBackend
-from visualglm.backends.torch.prefix import prefix_name, set_prefixes
+from visualglm.backends.torch.prefix import set_prefixes
 from visualglm.checkpoint.keys import sat_name
 from visualglm.model import VisualGLM
+from visualglm.parameters import prefix_name
 from visualglm.training.batches import Batch
 from visualglm.training.recipe import TuneRecipe
 from visualglm.training.trainable import Trainable, make_trainable

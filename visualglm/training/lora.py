@@ -13,22 +13,23 @@ _PARENT = {"qkv": "attention", "proj": "attention", "fc1": "mlp", "fc2": "mlp"}
 _ADAPTER = "default"
 
 
-def lora_config(tune: TuneRecipe, text: TextConfig) -> LoraConfig:
-    """PEFT's settings; raises `ConfigError` for a layer that the model does not have."""
-    return LoraConfig(
+def lora_modules(tune: TuneRecipe, text: TextConfig) -> list[str]:
+    """Names of the linear layers that get LoRA; raises `ConfigError` for a layer that the model does not have."""
+    return [
+        f"text.layers.{layer}.{_PARENT[module]}.{module}"
+        for layer in tune.layers(text.num_hidden_layers)
+        for module in tune.target_modules
+    ]
+
+
+def add_lora(model: VisualGLMModel, tune: TuneRecipe, seed: int) -> None:
+    """Put float32 pairs beside `lora_modules`; all else in the model is frozen by this."""
+    settings = LoraConfig(
         r=tune.lora_rank,
         lora_alpha=tune.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=tune.lora_dropout,
-        target_modules=[
-            f"text.layers.{layer}.{_PARENT[module]}.{module}"
-            for layer in tune.layers(text.num_hidden_layers)
-            for module in tune.target_modules
-        ],
+        target_modules=lora_modules(tune, model.config.text),
     )
-
-
-def add_lora(model: VisualGLMModel, settings: LoraConfig, seed: int) -> None:
-    """Put float32 pairs beside the linear layers that `settings` name; all else in the model is frozen by this."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)

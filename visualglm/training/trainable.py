@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -16,9 +15,10 @@ from visualglm.backends.torch.joined import VisualGLMModel
 from visualglm.backends.torch.prefix import random_prefixes, set_prefixes
 from visualglm.backends.torch.qformer import QFormer
 from visualglm.backends.torch.vit import ViT
+from visualglm.checkpoint.peft_config import peft_values
 from visualglm.config import DType
 from visualglm.errors import CheckpointError
-from visualglm.training.lora import add_lora, is_lora, lora_config, peft_name
+from visualglm.training.lora import add_lora, is_lora, lora_modules, peft_name
 from visualglm.training.loss import AnswerLoss
 from visualglm.training.parts import WholePart, whole_parts
 from visualglm.training.recipe import TuneRecipe
@@ -42,13 +42,10 @@ class Trainable:
     model: on its device. loss: the module whose forward is `compute_loss`: what DDP or FSDP wraps.
     """
 
-    def __init__(
-        self, model: VisualGLMModel, tune: TuneRecipe, lora: LoraConfig | None, autocast: torch.dtype | None
-    ) -> None:
+    def __init__(self, model: VisualGLMModel, tune: TuneRecipe, autocast: torch.dtype | None) -> None:
         self.model = model
         self.loss = AnswerLoss(model, autocast)
         self._tune = tune
-        self._lora = lora
         self._lora_layers = tune.layers(model.config.text.num_hidden_layers) if tune.has_lora else ()
         self._whole = whole_parts(tune)
 
@@ -76,7 +73,7 @@ class Trainable:
     def summary(self) -> list[Trained]:
         """What is trained, one row a kind."""
         rows, tune = [], self._tune
-        if self._lora is not None:
+        if tune.has_lora:
             layers = ", ".join(map(str, self._lora_layers))
             what = f"LoRA on {', '.join(tune.target_modules)} (rank {tune.lora_rank}, alpha {tune.lora_alpha:g})"
             rows.append(Trained(what, layers, self._count(is_lora)))
@@ -88,17 +85,18 @@ class Trainable:
 
     def lora_settings(self) -> dict[str, Any] | None:
         """What `adapter_config.json` of PEFT holds; None without LoRA."""
-        if self._lora is None:
+        tune = self._tune
+        if not tune.has_lora:
             return None
-        settings: dict[str, Any] = self._lora.to_dict()  # type: ignore[no-untyped-call]
-        return settings | {"target_modules": sorted(settings["target_modules"]), "inference_mode": True}
+        modules = dict.fromkeys(lora_modules(tune, self.model.config.text), tune.lora_rank)
+        return peft_values(modules, rank=tune.lora_rank, alpha=tune.lora_alpha, dropout=tune.lora_dropout)
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """LoRA in PEFT's names (`base_model.model.text.layers.0.attention.qkv.lora_A.weight`), float32 on the CPU."""
         return self._stored(is_lora)
 
     def prefix_tensors(self) -> dict[str, Tensor]:
-        """Prefixes by `backends.torch.prefix.prefix_name`, float32 on the CPU."""
+        """Prefixes by `parameters.prefix_name`, float32 on the CPU."""
         return self._stored(_is_prefix)
 
     def whole_tensors(self) -> dict[str, Tensor]:
@@ -152,9 +150,8 @@ def make_trainable(
     """
     whole = whole_parts(tune)
     model.requires_grad_(False)
-    settings = lora_config(tune, model.config.text) if tune.has_lora else None
-    if settings is not None:
-        add_lora(model, settings, seed)
+    if tune.has_lora:
+        add_lora(model, tune, seed)
     if "ptuning" in tune.methods:
         set_prefixes(model.text, random_prefixes(model.text, tune.prefix_length, torch.Generator().manual_seed(seed)))
     for part in whole:
@@ -164,7 +161,7 @@ def make_trainable(
             module.recompute_activations = activation_checkpointing
     on_cpu = model.text.norm.weight.device.type == "cpu"
     autocast = None if not whole or on_cpu or dtype == "float32" else getattr(torch, dtype)
-    return Trainable(model.train(), tune, settings, autocast)
+    return Trainable(model.train(), tune, autocast)
 
 
 def _is_prefix(name: str) -> bool:

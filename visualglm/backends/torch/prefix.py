@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from visualglm.parameters import prefix_name
+
 if TYPE_CHECKING:
     from visualglm.backends.torch.chatglm import ChatGLM
 
@@ -25,11 +27,6 @@ def with_prefix(
     if mask is not None:
         mask = torch.cat([mask, mask.new_ones(*mask.shape[:-1], prefix.shape[2])], dim=-1)
     return keys, values, mask
-
-
-def prefix_name(layer: int) -> str:
-    """The name of a layer's prefix, float [2, heads, prefix length, head_dim]: keys, then values."""
-    return f"text.layers.{layer}.attention.prefix"
 
 
 def set_prefixes(text: ChatGLM, prefixes: Mapping[str, Tensor] | None) -> None:
