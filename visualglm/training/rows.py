@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -85,13 +86,13 @@ class RowIndex:
 
 
 def open_rows(path: Path) -> RowIndex:
-    """Find the rows of a file; raises `DataError` if it cannot be read, has none, or is a JSON list cut short."""
+    """Find the rows of a file; raises `DataError` if it cannot be read, has none, or is a JSON list without an end."""
     if not path.is_file():
         fault = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(f"{path} {fault}; give a file of rows, as JSONL or a JSON list.")
     try:
         with open(path, "rb") as file:
-            places = np.array(list(_places(path, file)), np.int64).reshape(-1, 3)
+            places = np.fromiter(chain.from_iterable(_places(path, file)), np.int64).reshape(-1, 3)
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
@@ -168,22 +169,24 @@ def _line_places(file: BinaryIO) -> Iterator[tuple[int, int, int]]:
 
 
 def _list_places(path: Path, data: mmap, start: int) -> Iterator[tuple[int, int, int]]:
-    counted, line = 0, 1
-    for stop in _list_cuts(path, data, start):
-        start = _after_blanks(data, start)
-        line += data[counted:start].count(b"\n")
-        yield start, stop, line
-        counted, start = start, stop + 1
-    if _after_blanks(data, start) < len(data):
-        line += data[counted:start].count(b"\n")
+    """The elements of a JSON list, by the cuts between them; each is found to be JSON or not when it is asked for."""
+    line = 1 + data[:start].count(b"\n")
+    for stop in _list_cuts(data, start):
+        first = _after_blanks(data, start)
+        line += data[start:first].count(b"\n")
+        yield first, stop, line
+        line += data[first:stop].count(b"\n")
+        start = stop + 1
+    rest = _after_blanks(data, start)
+    line += data[start:rest].count(b"\n")
+    if data[start - 1 : start] != b"]":
+        raise DataError(f"{path}, line {line}: the row that begins here, or the list of rows, is not closed; mend it.")
+    if rest < len(data):
         raise DataError(f"{path}, line {line}: something follows the list of rows; write one list, or JSONL.")
 
 
-def _list_cuts(path: Path, data: mmap, start: int) -> Iterator[int]:
-    """Where the commas between the elements of a JSON list are, and the bracket that ends it.
-
-    What lies between them is read, and found to be JSON or not, when it is asked for.
-    """
+def _list_cuts(data: mmap, start: int) -> Iterator[int]:
+    """Where the commas between the elements of a JSON list are, and the bracket that closes it."""
     depth = 0
     for part in _LIST_PART.finditer(data, start):
         mark = part[0]
@@ -195,7 +198,6 @@ def _list_cuts(path: Path, data: mmap, start: int) -> Iterator[int]:
             yield part.start()
         if depth < 0:
             return
-    raise DataError(f"{path} is cut short: its list of rows does not end; write it again, or as JSONL.")
 
 
 def _after_blanks(data: mmap, start: int) -> int:
