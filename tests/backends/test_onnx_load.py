@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,6 +20,7 @@ from visualglm.backends.onnx.session import core_count
 from visualglm.checkpoint.lite_dir import open_lite_directory
 from visualglm.checkpoint.model_dir import open_model_directory
 from visualglm.errors import CheckpointError, DeviceError
+from visualglm.checkpoint.lite_graphs import require_as_told
 from visualglm.export.onnx import ExportOptions, export_onnx
 
 
@@ -42,7 +45,7 @@ def edit_graph(lite: Path, name: str, change: Callable[[onnx.ModelProto], object
 
 def test_graphs_of_something_else(tiny_model_dir: Path, tmp_path: Path):
     path = write_lite(tmp_path / "lite", tiny_model_dir).path
-    with pytest.raises(CheckpointError, match=r"vision_encoder.onnx should have pixels of .*, but has none: it is the"):
+    with pytest.raises(CheckpointError, match=r"vision_encoder\.onnx should have the input pixels of .*, but has"):
         visualglm.load(path)
 
 
@@ -50,19 +53,149 @@ def test_graphs_of_another_size(lite: Path):
     config = json.loads((lite / "config.json").read_text())
     config["text"]["vocab_size"] += 1
     replace_graph(lite, "config.json", json.dumps(config).encode())
-    with pytest.raises(CheckpointError, match=r"decoder\.onnx should have logits of"):
+    with pytest.raises(CheckpointError, match=r"decoder\.onnx has the output logits of float32 \[any, any, \d+\]"):
         visualglm.load(lite)
 
 
-def test_an_operator_that_onnxruntime_lacks(lite: Path):
-    def rename(model: onnx.ModelProto) -> None:
-        node = next(node for node in model.graph.node if node.op_type == "MatMulNBits")
-        node.op_type = "MatMulNBitsOfTomorrow"
+def rename(model: onnx.ModelProto, operator: str, name: str, domain: str | None = None) -> None:
+    node = next(node for node in model.graph.node if node.op_type == operator)
+    node.op_type = name
+    if domain is not None:
+        model.opset_import.add(domain=domain, version=1)
+        node.domain = domain
 
-    edit_graph(lite, "decoder.onnx", rename)
-    with pytest.raises(CheckpointError, match=r"uses an operator that the installed onnxruntime .* lacks") as caught:
+
+def set_opset(model: onnx.ModelProto, domain: str, version: int) -> None:
+    next(opset for opset in model.opset_import if opset.domain == domain).version = version
+
+
+UPGRADE = "run `pip install --upgrade onnxruntime`, or export the model again."
+INPUT = onnx.helper.make_tensor_value_info("extra", onnx.TensorProto.FLOAT, [1])
+
+
+@pytest.mark.parametrize(
+    ("change", "needs"),
+    [
+        (lambda model: rename(model, "MatMulNBits", "MatMulNBitsOfTomorrow"), "operator com.microsoft:MatMulNBitsOfTo"),
+        (lambda model: rename(model, "Concat", "ConcatOfTomorrow"), "operator ConcatOfTomorrow"),
+        (lambda model: rename(model, "Concat", "Concat", "foo.bar"), "operator foo.bar:Concat"),
+        (lambda model: set_opset(model, "", 99), "opset 99 of ai.onnx"),
+        (lambda model: set_opset(model, "com.microsoft", 99), "opset 99 of com.microsoft"),
+        (lambda model: setattr(model, "ir_version", 99), "version 99 of the ONNX format"),
+    ],
+    ids=range(6),
+)
+def test_what_the_installed_onnxruntime_lacks(change: Callable[[onnx.ModelProto], object], needs: str, lite: Path):
+    edit_graph(lite, "decoder.onnx", change)
+    with pytest.raises(CheckpointError) as caught:
         visualglm.load(lite)
-    assert "pip install --upgrade onnxruntime" in str(caught.value) and "\n" not in str(caught.value)
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{lite / 'decoder.onnx'} needs ") and needs in sentence
+    assert sentence.endswith(f"which the installed onnxruntime {onnxruntime.__version__} lacks; {UPGRADE}")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: model.graph.node[9].attribute.add(name="zz", i=1, type=2), " \\(Unrecognized attribute: zz for"),
+        (
+            lambda model: model.graph.initializer.pop(0),
+            r" \(Invalid model\. Node input 'flat_positions' is not a",
+        ),
+        (lambda model: set_opset(model, "", 9), r" \(.*\)"),
+    ],
+    ids=range(3),
+)
+def test_graphs_that_no_onnxruntime_can_run(change: Callable[[onnx.ModelProto], object], reason: str, lite: Path):
+    edit_graph(lite, "decoder.onnx", change)
+    with pytest.raises(CheckpointError, match=rf"^The installed onnxruntime .* cannot run .*{reason}.*; e") as caught:
+        visualglm.load(lite)
+    sentence = str(caught.value)
+    assert "\n" not in sentence and "ONNXRuntimeError" not in sentence and "onnxruntime_src" not in sentence
+
+
+def drop(values: Any, name: str) -> None:
+    del values[[value.name for value in values].index(name)]
+
+
+def set_type(model: onnx.ModelProto, name: str, kind: int) -> None:
+    next(value for value in model.graph.input if value.name == name).type.tensor_type.elem_type = kind
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (
+            lambda model: drop(model.graph.input, "attention_bias"),
+            "should have the input attention_bias of float32 [",
+        ),
+        (lambda model: drop(model.graph.output, "logits"), "should have the output logits of float32 [any, any, "),
+        (
+            lambda model: drop(model.graph.input, "past_key_values.1.scales"),
+            "input past_key_values.1.scales of",
+        ),
+        (lambda model: model.graph.input.append(INPUT), "has the input extra, which no export of this model has"),
+        (lambda model: model.graph.output.append(INPUT), "has the output extra, which no export of this model has"),
+        (
+            lambda model: set_type(model, "position_ids", 6),
+            "has the input position_ids of int32 [any, 2, any]",
+        ),
+    ],
+    ids=range(6),
+)
+def test_graphs_of_other_inputs_and_outputs(change: Callable[[onnx.ModelProto], object], fault: str, lite: Path):
+    edit_graph(lite, "decoder.onnx", change)
+    with pytest.raises(CheckpointError, match="it is the graph of another model or program; ") as caught:
+        visualglm.load(lite)
+    assert str(caught.value).startswith(f"{lite / 'decoder.onnx'} ") and fault in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"precision": "int4"}, "precision as int4, but decoder.onnx has int8"),
+        ({"precision": "fp32"}, "precision as fp32, but decoder.onnx has int8"),
+        ({"block_size": 128}, "block_size as 128, but decoder.onnx has 32"),
+        ({"block_size": None}, "block_size as None, but decoder.onnx has 32"),
+        ({"kv_cache": "float32"}, "kv_cache as float32, but decoder.onnx has int8"),
+        ({"use_past": False}, "use_past as False, but decoder.onnx has True"),
+        ({"parameter_count": 7}, "parameter_count as 7, but the model of config.json has"),
+    ],
+    ids=range(7),
+)
+def test_manifests_that_their_graphs_contradict(changes: dict[str, object], told: str, lite: Path):
+    manifest = json.loads((lite / "manifest.json").read_text())
+    (lite / "manifest.json").write_text(json.dumps(manifest | changes))
+    with pytest.raises(CheckpointError) as caught:
+        visualglm.load(lite)
+    assert str(caught.value).startswith(f"{lite / 'manifest.json'} gives {told}")
+    assert str(caught.value).endswith("; export the model again.")
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "told"),
+    [
+        (
+            ExportOptions("fp32"),
+            {"precision": "fp16", "kv_cache": "float16"},
+            "kv_cache as float16, but decoder.onnx",
+        ),
+        (ExportOptions("fp32", use_past=False), {"precision": "fp16"}, "precision as fp16, but decoder.onnx has fp32"),
+        (ExportOptions("fp16", use_past=False), {"precision": "fp32"}, "precision as fp32, but decoder.onnx has fp16"),
+        (ExportOptions("fp32"), {"block_size": 32}, "block_size as 32, but decoder.onnx has None"),
+        (ExportOptions("fp32", use_past=False), {"use_past": True}, "use_past as True, but decoder.onnx has False"),
+    ],
+    ids=range(5),
+)
+def test_manifests_of_float_exports(
+    options: ExportOptions, changes: dict[str, object], told: str, tiny_model_dir: Path, tmp_path: Path
+):
+    lite = export_onnx(open_model_directory(tiny_model_dir), tmp_path / "lite", options).path
+    require_as_told(open_lite_directory(lite))
+    manifest = json.loads((lite / "manifest.json").read_text())
+    (lite / "manifest.json").write_text(json.dumps(manifest | changes))
+    with pytest.raises(CheckpointError, match=re.escape(f"gives {told}")):
+        require_as_told(open_lite_directory(lite))
 
 
 def test_a_graph_that_fails_when_it_is_run(lite: Path):

@@ -14,6 +14,7 @@ import visualglm
 from tests.cli.program import Invoke, change_config, replace_file
 from tests.lite_model import graph, outside, write_lite
 from visualglm.checkpoint.model_dir import open_model_directory
+from visualglm.export.onnx import ExportOptions, export_onnx
 
 
 @pytest.fixture
@@ -212,18 +213,34 @@ def lite(tiny_model_dir: Path, tmp_path: Path) -> Path:
     return write_lite(tmp_path / "lite", tiny_model_dir).path
 
 
-def test_check_of_an_export(invoke: Invoke, lite: Path):
-    outcome = invoke("check", lite)
+@pytest.fixture
+def real_lite(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    """One whose graphs are those of the model."""
+    return export_onnx(open_model_directory(tiny_model_dir), tmp_path / "real", ExportOptions("int4")).path
+
+
+def test_check_of_an_export(invoke: Invoke, real_lite: Path):
+    outcome = invoke("check", real_lite)
     assert (outcome.code, outcome.err) == (0, "")
     assert set(marks(outcome.out).values()) == {"✓"}
+    made_beside = f"made beside onnxruntime {onnxruntime.__version__}"
     for line in (
-        "✓  manifest.json             ONNX export, int4 in blocks of 32, KV cache int8, made beside onnxruntime 1.32.0",
-        "✓  decoder.onnx.data         256 bytes, hash as written",
+        f"✓  manifest.json             ONNX export, int4 in blocks of 32, KV cache int8, {made_beside}",
+        f"✓  decoder.onnx.data         {(real_lite / 'decoder.onnx.data').stat().st_size:,} bytes, hash as written",
         "✓  configuration             91,248 parameters, float16",
-        "✓  graphs                    3, whose weights lie where they should",
-        "✓  memory                    takes 600 MiB (weights 1 KiB, cache 24 KiB, work 600 MiB); fits: ",
+        "✓  graphs                    3, as the manifest tells",
+        "✓  memory                    takes 600 MiB (weights ",
     ):
         assert line in outcome.out
+
+
+def test_check_of_an_export_whose_manifest_lies(invoke: Invoke, real_lite: Path):
+    manifest = json.loads((real_lite / "manifest.json").read_text())
+    (real_lite / "manifest.json").write_text(json.dumps(manifest | {"precision": "int8"}))
+    outcome = invoke("check", real_lite)
+    assert outcome.code == 1 and marks(outcome.out)["graphs"] == "✗"
+    told = f"{real_lite / 'manifest.json'} gives precision as int8, but decoder.onnx has int4; export the model again."
+    assert told in outcome.out and told in invoke("ask", "-m", real_lite, "What?").error
 
 
 def test_check_goes_on_with_a_broken_export(invoke: Invoke, lite: Path):
@@ -277,8 +294,8 @@ def test_info_of_an_export(invoke: Invoke, tiny_model_dir: Path, lite: Path):
     assert "memory       takes 600 MiB (weights 1 KiB, cache 24 KiB, work 600 MiB); fits: " in outcome.out
 
 
-def test_an_export_is_no_checkpoint_to_convert(invoke: Invoke, lite: Path, tiny_model_dir: Path, tmp_path: Path):
-    error = invoke("convert", lite, tmp_path / "out").error
-    assert f"{lite} is an ONNX export, and a model directory is needed" in error
-    assert f"{lite} is not replaced" in invoke("convert", tiny_model_dir, lite, "--force").error
-    assert invoke("check", lite).code == 0
+def test_an_export_is_no_checkpoint_to_convert(invoke: Invoke, real_lite: Path, tiny_model_dir: Path, tmp_path: Path):
+    error = invoke("convert", real_lite, tmp_path / "out").error
+    assert f"{real_lite} is an ONNX export, and a model directory is needed" in error
+    assert f"{real_lite} is not replaced" in invoke("convert", tiny_model_dir, real_lite, "--force").error
+    assert invoke("check", real_lite).code == 0

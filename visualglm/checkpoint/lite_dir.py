@@ -89,6 +89,10 @@ class LiteDirectory:
         """The file of a graph; its weights lie beside it."""
         return self.path / _graph_file(name)
 
+    def read_graph(self, name: Graph) -> bytes:
+        """A graph without its weights; raises `CheckpointError` if it cannot be read."""
+        return _read(self.graph(name))
+
     @property
     def weights_bytes(self) -> int:
         """Size of the graphs and their data."""

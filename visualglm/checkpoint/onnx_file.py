@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,11 +60,18 @@ def check_external_data(path: Path, model: bytes, data_bytes: int | None) -> Non
     or for more than there is, or is malformed.
     """
     data = path.name + DATA_SUFFIX
-    try:
+    with reading_graph(path):
         for tensor in external_data(model):
             fault = _place_fault(tensor, data, data_bytes)
             if fault:
                 raise CheckpointError(f"{path} {fault}.")
+
+
+@contextmanager
+def reading_graph(path: Path) -> Iterator[None]:
+    """A `ValueError` inside becomes the `CheckpointError` of a graph that is malformed."""
+    try:
+        yield
     except ValueError as error:
         raise CheckpointError(f"{path} is no ONNX graph that can be used ({error}); export the model again.") from error
 
@@ -83,26 +91,36 @@ def external_data(model: bytes) -> Iterator[ExternalData]:
 
     Raises `ValueError` where it is malformed, endless or ambiguous.
     """
-    reader = _Reader(model)
+    reader = _TensorReader(model)
     for start, end in reader.tensors("ModelProto", 0, len(model)):
         place = reader.place(start, end)
         if place:
             yield _checked(place)
 
 
-class _Reader:
+class BoundedReader:
     """Walks through a message, and not forever."""
 
     def __init__(self, message: bytes) -> None:
-        self._message = message
+        self.message = message
         self._left = _MOST_FIELDS
 
+    def fields(self, start: int, end: int) -> Iterator[Field]:
+        """Every field of a message inside; raises `ValueError` where it is malformed, and after too many in all."""
+        for field in fields(self.message, start, end):
+            self._left -= 1
+            if self._left < 0:
+                raise ValueError(f"more than {_MOST_FIELDS:,} fields")
+            yield field
+
+
+class _TensorReader(BoundedReader):
     def tensors(self, kind: str, start: int, end: int, depth: int = 1) -> Iterator[tuple[int, int]]:
         """Where each TensorProto lies in a message of this kind."""
         if depth > _DEEPEST:
             raise ValueError(f"nested more than {_DEEPEST} deep")
         held = HOLDERS[kind]
-        for number, wire_type, first, last in self._fields(start, end):
+        for number, wire_type, first, last in self.fields(start, end):
             inner = held.get(number) if wire_type == LENGTH_DELIMITED else None
             if inner == "TensorProto":
                 yield first, last
@@ -112,7 +130,7 @@ class _Reader:
     def place(self, start: int, end: int) -> dict[bytes, bytes]:
         """What a TensorProto says about data outside: keys and values, none if it holds its own."""
         place: dict[bytes, bytes] = {}
-        for number, wire_type, first, last in self._fields(start, end):
+        for number, wire_type, first, last in self.fields(start, end):
             if (number, wire_type) == (EXTERNAL_DATA, LENGTH_DELIMITED):
                 key, value = self._entry(first, last)
                 # Readers differ in which of two they take, and some follow keys of their own.
@@ -125,18 +143,11 @@ class _Reader:
         if end - start > _LONGEST_ENTRY:
             raise ValueError("the place of a tensor is endless")
         texts = {
-            number: self._message[first:last]
-            for number, wire_type, first, last in self._fields(start, end)
+            number: self.message[first:last]
+            for number, wire_type, first, last in self.fields(start, end)
             if wire_type == LENGTH_DELIMITED
         }
         return texts.get(ENTRY_KEY, b""), texts.get(ENTRY_VALUE, b"")
-
-    def _fields(self, start: int, end: int) -> Iterator[Field]:
-        for field in fields(self._message, start, end):
-            self._left -= 1
-            if self._left < 0:
-                raise ValueError(f"more than {_MOST_FIELDS:,} fields")
-            yield field
 
 
 def _checked(place: Mapping[bytes, bytes]) -> ExternalData:

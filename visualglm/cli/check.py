@@ -15,7 +15,8 @@ from visualglm.checkpoint.foreign import TOKENIZER as FOREIGN_TOKENIZER
 from visualglm.checkpoint.foreign_config import HF_CONFIG, SAT_CONFIG
 from visualglm.checkpoint.hf import read_hf
 from visualglm.checkpoint.listed_files import require_size
-from visualglm.checkpoint.lite_dir import GRAPHS, LiteManifest, is_lite_directory, open_lite_directory
+from visualglm.checkpoint.lite_dir import GRAPHS, LiteDirectory, LiteManifest, is_lite_directory, open_lite_directory
+from visualglm.checkpoint.lite_graphs import require_as_told
 from visualglm.checkpoint.manifest import MANIFEST, FolderManifest, Manifest
 from visualglm.checkpoint.model_dir import CONFIG, TOKENIZER, open_model_directory, read_weights
 from visualglm.checkpoint.progress import ByteProgress
@@ -130,11 +131,15 @@ def _check_lite_directory(path: Path, findings: Findings, messages: Messages) ->
     if findings.is_bad:
         findings.add(NEITHER, "graphs", "not looked at, since what is above is wrong")
         return
-    opened = findings.attempt(
-        "graphs", partial(open_lite_directory, path), lambda _: f"{len(GRAPHS)}, whose weights lie where they should"
-    )
+    opened = findings.attempt("graphs", partial(_open_lite, path), lambda _: f"{len(GRAPHS)}, as the manifest tells")
     if opened:
         _check_memory("memory", opened.memory, findings)
+
+
+def _open_lite(path: Path) -> LiteDirectory:
+    directory = open_lite_directory(path)
+    require_as_told(directory)
+    return directory
 
 
 def _check_manifest(

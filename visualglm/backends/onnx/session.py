@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -37,8 +37,16 @@ _TOO_MUCH = (
     "The memory ran out while the model was computing; "
     "use a smaller batch, a shorter prompt or fewer new tokens, or close other programs."
 )
-Shapes = Mapping[str, Sequence[int | None]]
-"""Names of inputs or outputs and their sizes, None where a size is free."""
+# In the words of the runtime what it does not know, and in ours what a graph needs.
+_LACKING = (
+    (re.compile(r"Opset (\d+) is under development.*support for domain (\S+) is", re.DOTALL), "opset {0} of {1}"),
+    (re.compile(r"Unsupported model IR version: (\d+)"), "version {0} of the ONNX format"),
+    (re.compile(r"([\w.:]+)\(-?\d+\) is not a registered function/op"), "the operator {0}"),
+    (re.compile(r"No Op registered for (\w+)"), "the operator {0}"),
+    (re.compile(r"Could not find an implementation for (\w+)"), "a kernel for the operator {0}"),
+)
+_OWN_SOURCE = "/onnxruntime_src/"
+_LONGEST_REASON = 200
 
 
 class Device:
@@ -92,37 +100,30 @@ def open_session(path: Path, device: Device, threads: int) -> ort.InferenceSessi
 
 
 def _explained(error: Exception, path: Path) -> CheckpointError | DeviceError:
-    reason = _first_line(error)
     if _is_out_of_memory(error):
         return DeviceError(f"The memory does not suffice for {path}; close other programs, or export it as int4.")
-    if "is not a registered function/op" in reason or "NOT_IMPLEMENTED" in reason:
-        return CheckpointError(
-            f"{path} uses an operator that the installed onnxruntime {ort.__version__} lacks ({reason}); "
-            "run `pip install --upgrade onnxruntime`."
-        )
-    return CheckpointError(f"onnxruntime {ort.__version__} cannot open {path} ({reason}); export the model again.")
+    for pattern, needed in _LACKING:
+        found = pattern.search(str(error))
+        if found:
+            return CheckpointError(
+                f"{path} needs {needed.format(*found.groups())}, which the installed onnxruntime {ort.__version__} "
+                "lacks; run `pip install --upgrade onnxruntime`, or export the model again."
+            )
+    return CheckpointError(
+        f"The installed onnxruntime {ort.__version__} cannot run {path}{_reason(error)}; export the model again, "
+        "or run `pip install --upgrade onnxruntime` if it was made beside a newer one."
+    )
+
+
+def _reason(error: Exception) -> str:
+    """What the runtime gives as its reason, in brackets; nothing where that is about its own source."""
+    text = str(error).partition("\n")[0]
+    reason = text.rpartition(" failed:")[2].rpartition(", Error ")[2].rstrip(". ")
+    return "" if not reason or _OWN_SOURCE in text else f" ({reason[:_LONGEST_REASON]})"
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "bad_alloc" in str(error) or "allocate memory" in str(error)
-
-
-def require_signature(session: ort.InferenceSession, path: Path, inputs: Shapes, outputs: Shapes) -> None:
-    """Raises `CheckpointError` unless the graph takes and gives these names, with these sizes where they are fixed."""
-    for given, expected in ((session.get_inputs(), inputs), (session.get_outputs(), outputs)):
-        found = {value.name: value.shape for value in given}
-        for name, shape in expected.items():
-            sizes = found.get(name)
-            if sizes is None or len(sizes) != len(shape) or any(map(_differ, sizes, shape)):
-                has = f"has it as {sizes}" if sizes is not None else "has none"
-                raise CheckpointError(
-                    f"{path} should have {name} of {list(shape)}, but {has}: it is the graph of another model; "
-                    "export the model again."
-                )
-
-
-def _differ(found: int | str | None, expected: int | None) -> bool:
-    return expected is not None and found != expected
 
 
 def computes(method: Callable[P, R]) -> Callable[P, R]:
@@ -135,13 +136,9 @@ def computes(method: Callable[P, R]) -> Callable[P, R]:
         except _FAILURES as error:
             if _is_out_of_memory(error):
                 raise DeviceError(_TOO_MUCH) from error
-            reason = _first_line(error)
             raise CheckpointError(
-                f"onnxruntime {ort.__version__} could not run the export ({reason}); export the model again."
+                f"The installed onnxruntime {ort.__version__} could not run the export{_reason(error)}; "
+                "export the model again."
             ) from error
 
     return compute
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:300] or type(error).__name__
