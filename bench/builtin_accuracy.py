@@ -9,36 +9,22 @@ import argparse
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.progress import track
 
 import visualglm
 from visualglm.model import VisualGLM
-from visualglm.scenes.dataset import HELD_OUT_SEEDS
-from visualglm.scenes.draw import draw_scene
-from visualglm.scenes.questions import Question, ask_about
-from visualglm.scenes.scene import make_scene
+from visualglm.scenes.held_out import Answered, answer_scenes
 from visualglm.scenes.wording import KINDS, LANGUAGES
 
 Cell = tuple[str, str]
 model: VisualGLM
 SCENES_AT_ONCE = 64
-
-
-def questions_about(index: int) -> Iterator[Question]:
-    """One question of each kind where the scene allows it, half of them in one language and half in the other."""
-    scene = make_scene(HELD_OUT_SEEDS + index)
-    rng = np.random.default_rng([HELD_OUT_SEEDS, index])
-    for place, kind in enumerate(KINDS):
-        question = ask_about(scene, kind, LANGUAGES[(index + place) % 2], rng)
-        if question is not None:
-            yield question
 
 
 def load_model(path: Path | None, dtype: str) -> None:
@@ -47,26 +33,27 @@ def load_model(path: Path | None, dtype: str) -> None:
     model = visualglm.load(path, backend="onnx", dtype=dtype)
 
 
-def score(indices: range) -> tuple[Counter[Cell], Counter[Cell], list[str]]:
-    """Questions asked and answered rightly, by kind and language, and the wrong answers."""
-    images = model.encode_images([draw_scene(make_scene(HELD_OUT_SEEDS + index)) for index in indices])
-    rows = [
-        (image, question) for image, index in zip(images, indices, strict=True) for question in questions_about(index)
-    ]
-    answers = model.ask_batch(
-        [(image, question.question) for image, question in rows], batch_size=256, max_new_tokens=64
-    )
-    checked = [(question, answer) for (_, question), answer in zip(rows, answers, strict=True)]
-    asked: Counter[Cell] = Counter((question.kind, question.language) for question, _ in checked)
-    right: Counter[Cell] = Counter(
-        (question.kind, question.language) for question, answer in checked if answer == question.answer
-    )
-    wrong = [
-        f"{question.question} → {answer!r}, not {question.answer!r}"
-        for question, answer in checked
-        if answer != question.answer
-    ]
-    return asked, right, wrong
+def answer(scenes: range) -> list[Answered]:
+    """By the model of this process."""
+    return answer_scenes(model, scenes)
+
+
+def ask(path: Path | None, dtype: str, scenes: int, processes: int) -> list[Answered]:
+    """What a model says to every question about the first `scenes` unseen scenes, by several processes."""
+    chunks = [range(first, min(first + SCENES_AT_ONCE, scenes)) for first in range(0, scenes, SCENES_AT_ONCE)]
+    with ProcessPoolExecutor(
+        processes, mp_context=get_context("spawn"), initializer=load_model, initargs=(path, dtype)
+    ) as pool:
+        answered = pool.map(answer, chunks)
+        shown = track(answered, "asking", len(chunks), console=Console(stderr=True))
+        return [pair for chunk in shown for pair in chunk]
+
+
+def count(answered: Sequence[Answered]) -> tuple[Counter[Cell], Counter[Cell]]:
+    """Questions asked and answered rightly, by kind and language."""
+    asked = Counter((question.kind, question.language) for question, _ in answered)
+    right = Counter((question.kind, question.language) for question, said in answered if said == question.answer)
+    return Counter(asked), Counter(right)
 
 
 def table(asked: Counter[Cell], right: Counter[Cell]) -> Iterator[str]:
@@ -82,23 +69,6 @@ def table(asked: Counter[Cell], right: Counter[Cell]) -> Iterator[str]:
         yield f"| {kind} | {shares} | {totals[-1][1]} |"
 
 
-def run(path: Path | None, dtype: str, scenes: int, processes: int) -> tuple[Counter[Cell], Counter[Cell], list[str]]:
-    """As `score`, for the first `scenes` unseen scenes, by several processes."""
-    asked: Counter[Cell] = Counter()
-    right: Counter[Cell] = Counter()
-    wrong: list[str] = []
-    chunks = [range(first, min(first + SCENES_AT_ONCE, scenes)) for first in range(0, scenes, SCENES_AT_ONCE)]
-    with ProcessPoolExecutor(
-        processes, mp_context=get_context("spawn"), initializer=load_model, initargs=(path, dtype)
-    ) as pool:
-        scored = pool.map(score, chunks)
-        for more_asked, more_right, more_wrong in track(scored, "asking", len(chunks), console=Console(stderr=True)):
-            asked += more_asked
-            right += more_right
-            wrong += more_wrong
-    return asked, right, wrong
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model directory; else the built-in model")
@@ -108,10 +78,16 @@ def main() -> None:
     parser.add_argument("--wrong", type=int, default=0, metavar="N", help="show the first N wrong answers")
     parser.add_argument("--json", type=Path, help="write the counts here")
     options = parser.parse_args()
-    asked, right, wrong = run(options.model, options.dtype, options.scenes, options.processes)
+    answered = ask(options.model, options.dtype, options.scenes, options.processes)
+    asked, right = count(answered)
     print(f"{options.scenes} unseen scenes, onnx on cpu, {options.dtype}\n")
     print("\n".join(table(asked, right)))
-    print("\n".join(wrong[: options.wrong]))
+    wrong = (
+        f"{question.question} → {said!r}, not {question.answer!r}"
+        for question, said in answered
+        if said != question.answer
+    )
+    print("\n".join(list(wrong)[: options.wrong]))
     if options.json:
         counts = {f"{kind} {language}": [right[kind, language], asked[kind, language]] for kind, language in asked}
         options.json.write_text(json.dumps(counts, indent=1) + "\n", "utf-8")

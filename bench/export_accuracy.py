@@ -1,6 +1,7 @@
 """What whole numbers cost: exact answers, perplexity and logits of the built-in model's exports, by rounding.
 
 python bench/export_accuracy.py --scenes 4000
+python bench/export_accuracy.py --same-as-torch 500
 """
 
 from __future__ import annotations
@@ -9,97 +10,95 @@ import argparse
 import json
 import os
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 import visualglm
-from builtin_accuracy import questions_about, run
+from builtin_accuracy import ask
 from visualglm.checkpoint.model_dir import open_model_directory
+from visualglm.export.accuracy import (
+    AnswerFigures,
+    LogitFigures,
+    answer_logits,
+    answer_tokens,
+    compare_answers,
+    compare_logits,
+)
+from visualglm.export.examples import DrawnScenes
 from visualglm.export.onnx import ExportOptions, export_onnx
 from visualglm.loading import builtin_path
 from visualglm.model import VisualGLM
-from visualglm.processing.image import preprocess
-from visualglm.processing.layout import pad_batch
-from visualglm.processing.prompt import build_prompt
-from visualglm.scenes.dataset import HELD_OUT_SEEDS
-from visualglm.scenes.draw import draw_scene
-from visualglm.scenes.scene import make_scene
+from visualglm.scenes.held_out import Answered, answer_ids
 
+SENSITIVE = ("qkv", "lm_head")
 FORMS = {
     "fp32": ExportOptions("fp32"),
     "fp32, int8 cache": ExportOptions("fp32", kv_cache="int8"),
     "int8, to nearest": ExportOptions("int8", method="rtn"),
-    "int8": ExportOptions("int8"),
+    "int8, search": ExportOptions("int8"),
+    "int8, gptq": ExportOptions("int8", method="gptq"),
     "int4, to nearest": ExportOptions("int4", method="rtn"),
-    "int4": ExportOptions("int4"),
-    "int4, float32 cache": ExportOptions("int4", kv_cache="float32"),
+    "int4, search": ExportOptions("int4"),
+    "int4, gptq": ExportOptions("int4", method="gptq"),
+    "int4, search, 8-bit qkv and lm_head": ExportOptions("int4", int8_layers=SENSITIVE),
+    "int4, gptq, 8-bit qkv and lm_head": ExportOptions("int4", method="gptq", int8_layers=SENSITIVE),
+    "int4, search, float32 cache": ExportOptions("int4", kv_cache="float32"),
 }
+# Their logits are compared; beside thousands of answers this would only take long.
+MOST_LOGIT_SCENES = 500
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one export. logit_error: root mean square, as a share of that of the exact logits."""
+    """What was measured of one export."""
 
     form: str
-    exact: float
-    right: int
-    asked: int
-    perplexity: float
-    logit_error: float
+    answers: AnswerFigures
+    logits: LogitFigures
     megabytes: float
 
-
-def answer_logits(model: VisualGLM, scenes: range) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-    """Logits [tokens, vocab] of the right answers to questions about each scene, and the tokens themselves."""
-    text, tokenizer = model.config.text, model.tokenizer
-    for index in scenes:
-        picture = draw_scene(make_scene(HELD_OUT_SEEDS + index))
-        pixels = preprocess(picture, model.config.vision.image_size)
-        questions = list(questions_about(index))
-        prompts = [
-            build_prompt(
-                tokenizer, model.config, each.question, has_image=True, language=each.language, max_new_tokens=64
-            )
-            for each in questions
-        ]
-        answers = [[*tokenizer.encode(each.answer), text.eos_token_id] for each in questions]
-        layout = pad_batch(
-            [(*prompt.input_ids, *answer) for prompt, answer in zip(prompts, answers, strict=True)],
-            [prompt.image_start for prompt in prompts],
-            pad_token_id=text.pad_token_id,
-            bos_token_id=text.bos_token_id,
+    def __str__(self) -> str:
+        """A row of the table."""
+        answers, logits = self.answers, self.logits
+        return (
+            f"| {self.form} | {100 * answers.exact_match:.2f} % | {100 * answers.same_as_float32:.2f} % "
+            f"| {logits.perplexity:.4f} | {logits.divergence:.1e} | {100 * logits.logit_error:.2f} % "
+            f"| {self.megabytes:.1f} MB |"
         )
-        logits = model.logits(layout.input_ids, np.stack([pixels] * len(prompts)), layout.image_starts.tolist())
-        for row, answer in zip(logits, answers, strict=True):
-            yield row[-len(answer) - 1 : -1], np.array(answer)
 
 
-def likelihood(model: VisualGLM, exact: VisualGLM, scenes: int) -> tuple[float, float]:
-    """Perplexity of the right answers, and the error of their logits beside those of `exact`."""
-    loss, tokens, error, energy = 0.0, 0, 0.0, 0.0
-    both = zip(answer_logits(model, range(scenes)), answer_logits(exact, range(scenes)), strict=True)
-    for (found, answer), (expected, _) in both:
-        wide = found.astype(np.float64)
-        peak = wide.max(axis=-1)
-        normalizer = peak + np.log(np.exp(wide - peak[:, None]).sum(axis=-1))
-        loss += float((normalizer - wide[np.arange(len(answer)), answer]).sum())
-        tokens += len(answer)
-        error += float(np.square(found - expected).sum())
-        energy += float(np.square(expected).sum())
-    return float(np.exp(loss / tokens)), float(np.sqrt(error / energy))
+HEADER = (
+    "| export | exact answers | same as fp32 | perplexity | divergence | error of logits | size |\n"
+    "|---|---|---|---|---|---|---|"
+)
 
 
-def measure(form: str, folder: Path, exact: VisualGLM, scenes: int, processes: int) -> Row:
+def measure(
+    form: str, folder: Path, float32: VisualGLM, float32_answers: list[Answered], scenes: int, processes: int
+) -> Row:
     """Export the built-in model in one of `FORMS` and ask it."""
     done = export_onnx(open_model_directory(builtin_path()), folder / form.replace(", ", "-"), FORMS[form])
-    asked, right, _ = run(done.path, "auto", scenes, processes)
-    perplexity, logit_error = likelihood(visualglm.load(done.path), exact, min(scenes, 500))
-    hits, count = sum(right.values()), sum(asked.values())
-    return Row(form, hits / count, hits, count, perplexity, logit_error, done.weights_bytes / 1e6)
+    answers = compare_answers(ask(done.path, "auto", scenes, processes), float32_answers)
+    source, count = DrawnScenes(float32.config, float32.tokenizer), min(scenes, MOST_LOGIT_SCENES)
+    logits = compare_logits(
+        answer_logits(visualglm.load(done.path).backend, source.to_judge(count)),
+        answer_logits(float32.backend, source.to_judge(count)),
+        answer_tokens(source.to_judge(count)),
+    )
+    return Row(form, answers, logits, done.weights_bytes / 1e6)
+
+
+def compare_with_torch(float32: VisualGLM, scenes: int) -> str:
+    """How often torch answers with the very same ids, and how far its logits are off."""
+    torch = visualglm.load(backend="torch", device="cpu", dtype="float32")
+    ids = [answer_ids(model, range(scenes)) for model in (float32, torch)]
+    same = sum(one == other for one, other in zip(*ids, strict=True))
+    examples = DrawnScenes(float32.config, float32.tokenizer)
+    logits = (answer_logits(model.backend, examples.to_judge(scenes)) for model in (float32, torch))
+    off = max(float(np.abs(one - other).max()) for one, other in zip(*logits, strict=True))
+    return f"{same} of {len(ids[0])} answers have the ids that torch gives; logits are off by up to {off:.1e}"
 
 
 def main() -> None:
@@ -107,19 +106,20 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=4000)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), metavar="FORM")
+    parser.add_argument("--same-as-torch", type=int, metavar="SCENES", help="compare the fp32 export with torch only")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
-    exact, rows = visualglm.load(backend="onnx", dtype="float32"), []
-    print("| export | exact answers | of | perplexity | error of logits | size |\n|---|---|---|---|---|---|")
+    float32 = visualglm.load(backend="onnx", dtype="float32")
+    if options.same_as_torch:
+        print(compare_with_torch(float32, options.same_as_torch))
+        return
+    float32_answers, rows = ask(None, "float32", options.scenes, options.processes), []
+    print(f"{len(float32_answers)} questions about {options.scenes} unseen scenes\n\n{HEADER}", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         for form in options.forms:
-            row = measure(form, Path(scratch), exact, options.scenes, options.processes)
+            row = measure(form, Path(scratch), float32, float32_answers, options.scenes, options.processes)
             rows.append(asdict(row))
-            print(
-                f"| {row.form} | {100 * row.exact:.2f} % | {row.asked} | {row.perplexity:.4f} "
-                f"| {100 * row.logit_error:.2f} % | {row.megabytes:.1f} MB |",
-                flush=True,
-            )
+            print(row, flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
 

@@ -16,13 +16,9 @@ from visualglm.export.examples import DrawnScenes, Examples, ExampleSource, answ
 from visualglm.export.graphs import open_graphs, write_graphs
 from visualglm.export.layerwise import LayerwiseModel
 from visualglm.model import VisualGLM
-from visualglm.scenes.held_out import picture_of, questions_about
-from visualglm.scenes.questions import Question
+from visualglm.scenes.held_out import Answered, answer_scenes
 
 Floats = NDArray[np.float32]
-
-_LONGEST_ANSWER = 64
-_SCENES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -122,24 +118,7 @@ def compare_logits(
     )
 
 
-def answer_scenes(model: VisualGLM, scenes: Sequence[int]) -> list[tuple[Question, str]]:
-    """What the model says to every question about some held-out scenes."""
-    answered: list[tuple[Question, str]] = []
-    for start in range(0, len(scenes), _SCENES_AT_ONCE):
-        chosen = scenes[start : start + _SCENES_AT_ONCE]
-        images = model.encode_images([picture_of(scene) for scene in chosen])
-        asked = [
-            (image, question)
-            for image, scene in zip(images, chosen, strict=True)
-            for question in questions_about(scene)
-        ]
-        pairs = [(image, question.question) for image, question in asked]
-        answers = model.ask_batch(pairs, batch_size=256, max_new_tokens=_LONGEST_ANSWER)
-        answered += [(question, answer) for (_, question), answer in zip(asked, answers, strict=True)]
-    return answered
-
-
-def compare_answers(found: Sequence[tuple[Question, str]], exact: Sequence[tuple[Question, str]]) -> AnswerFigures:
+def compare_answers(found: Sequence[Answered], exact: Sequence[Answered]) -> AnswerFigures:
     """Answers of an export and of the model in float32 to the same questions."""
     return AnswerFigures(
         questions=len(found),
