@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from visualglm.config import TextConfig, VisualGLMConfig
 from visualglm.errors import ConfigError
 from visualglm.faults import first_fault
-from visualglm.training.recipe import DataRecipe, FinetuneRecipe, RunRecipe, TuneRecipe, recipe_keys, require_fit
+from visualglm.training.recipe import DataRecipe, RunRecipe, TuneRecipe, recipe_keys
 
 
 def fault_of(part: type[Any], values: dict[str, Any]) -> str:
@@ -78,20 +76,6 @@ def test_epochs_and_steps_exclude_each_other() -> None:
 def test_rows_to_train_on_do_not_validate() -> None:
     values = {"train": "rows.jsonl", "validation": "./rows.jsonl"}
     assert "data.validation is the file that data.train is" in fault_of(DataRecipe, values)
-
-
-def test_what_a_model_cannot_do_is_refused_before_it_is_loaded() -> None:
-    small = VisualGLMConfig(text=TextConfig(num_hidden_layers=4, max_sequence_length=512))
-
-    def recipe(**parts: Any) -> FinetuneRecipe:
-        return FinetuneRecipe.model_validate({"data": {"train": Path("rows.jsonl")}} | parts)
-
-    require_fit(recipe(), small)
-    require_fit(recipe(tune={"methods": ["full"], "layer_range": [0, 14]}), small)
-    with pytest.raises(ConfigError, match="the model has 4 layers"):
-        require_fit(recipe(tune={"layer_range": [0, 14]}), small)
-    with pytest.raises(ConfigError, match=r"data\.max_length is 513, but the model's window holds 512 tokens"):
-        require_fit(recipe(data={"train": "rows.jsonl", "max_length": 513}), small)
 
 
 def test_keys_are_those_of_all_parts() -> None:

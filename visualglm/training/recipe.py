@@ -16,7 +16,6 @@ from pydantic import (
     model_validator,
 )
 
-from visualglm.config import VisualGLMConfig
 from visualglm.errors import ConfigError
 from visualglm.faults import brief
 
@@ -202,17 +201,6 @@ class FinetuneRecipe(_Part):
     tune: TuneRecipe = TuneRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
     run: RunRecipe = RunRecipe()
-
-
-def require_fit(recipe: FinetuneRecipe, config: VisualGLMConfig) -> None:
-    """Raises `ConfigError` for what `recipe` asks of a model that one of this size does not have."""
-    if recipe.tune.has_lora:
-        recipe.tune.layers(config.text.num_hidden_layers)
-    window = config.text.max_sequence_length
-    if (recipe.data.max_length or 0) > window:
-        raise ConfigError(
-            f"data.max_length is {recipe.data.max_length:,}, but the model's window holds {window:,} tokens; give less."
-        )
 
 
 def recipe_keys() -> dict[str, Any]:

@@ -15,6 +15,8 @@ from visualglm.errors import ConfigError
 from visualglm.faults import first_fault
 from visualglm.training.recipe import FinetuneRecipe, recipe_keys
 
+RECIPE_NAME = "recipe.yaml"
+"""Of the recipe that a run writes into its folder."""
 _PATHS = ("model", "data.train", "data.validation")
 # Each of a pair says how long to train; the one that is set takes the place of the other.
 _INSTEAD = {"run.steps": "run.epochs", "run.epochs": "run.steps"}
@@ -70,7 +72,7 @@ def _with(values: Mapping[str, Any], settings: Mapping[str, object]) -> dict[str
     changed = {key: deepcopy(value) for key, value in values.items() if value is not None}
     for key, value in settings.items():
         if key not in recipe_keys():
-            raise ConfigError(_unknown(key))
+            raise ConfigError(f"A setting is not valid: {_unknown(key)}")
         if key in _INSTEAD and _INSTEAD[key] not in settings:
             _set(changed, _INSTEAD[key], None)
         # The command line has words only, and no other word for nothing.

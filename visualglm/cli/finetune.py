@@ -1,0 +1,189 @@
+"""`visualglm finetune`: trains a model on rows of pictures, questions and answers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+from typer import Argument, Exit, Option
+
+from visualglm.cli.messages import Messages
+from visualglm.cli.options import Quiet
+from visualglm.errors import ConfigError
+from visualglm.loading import BUILTIN_NOTICE
+from visualglm.training.recipe import FinetuneRecipe, Precision
+from visualglm.training.recipe_file import RECIPE_NAME, read_recipe, recipe_to_yaml
+
+_RECIPE = "Recipe"
+# What the extra "train" adds.
+_NEEDED = ("accelerate", "matplotlib", "peft", "tensorboard", "torch", "transformers", "yaml")
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """Keys of the recipe that have an option of their own; `_KEYS` says which."""
+
+    train: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE",
+            help="Rows to train on: JSONL or a JSON list of img, prompt, label.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None
+    validation: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="Rows to validate on; else a tenth of the others.", rich_help_panel=_RECIPE),
+    ] = None
+    model: Annotated[
+        Path | None,
+        Option("--model", "-m", metavar="DIR", help="Model directory; else the built-in.", rich_help_panel=_RECIPE),
+    ] = None
+    method: Annotated[
+        str | None,
+        Option(
+            metavar="NAMES",
+            help="Of lora, qlora, ptuning, qformer, vit, full: one or, with commas, several.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None
+    lr: Annotated[float | None, Option(metavar="X", help="Learning rate at its peak.", rich_help_panel=_RECIPE)] = None
+    steps: Annotated[int | None, Option(metavar="N", help="Steps to train; or --epochs.", rich_help_panel=_RECIPE)] = (
+        None
+    )
+    epochs: Annotated[
+        float | None, Option(metavar="X", help="Times that each row is seen.", rich_help_panel=_RECIPE)
+    ] = None
+    rank: Annotated[int | None, Option(metavar="N", help="Rank of LoRA.", rich_help_panel=_RECIPE)] = None
+    alpha: Annotated[
+        float | None, Option(metavar="X", help="Alpha of LoRA, whose scale is alpha / rank.", rich_help_panel=_RECIPE)
+    ] = None
+    layers: Annotated[
+        str | None,
+        Option(metavar="LIST", help="Those with LoRA: 0,14, a number of first ones, or all.", rich_help_panel=_RECIPE),
+    ] = None
+    batch_size: Annotated[
+        int | None, Option(metavar="N", help="Rows at once, in each process.", rich_help_panel=_RECIPE)
+    ] = None
+    accumulation: Annotated[
+        int | None, Option(metavar="N", help="Batches of each process to a step.", rich_help_panel=_RECIPE)
+    ] = None
+    precision: Annotated[Precision | None, Option(help="Of what is computed.", rich_help_panel=_RECIPE)] = None
+    seed: Annotated[int | None, Option(metavar="N", help="Makes a run repeatable.", rich_help_panel=_RECIPE)] = None
+    set: Annotated[
+        list[str] | None,
+        Option(metavar="KEY=VALUE", help="Any key of the recipe; may be repeated.", rich_help_panel=_RECIPE),
+    ] = None
+
+    def settings(self) -> dict[str, object]:
+        """The options that were given, by their keys in the recipe; raises `ConfigError`."""
+        given = asdict(self)
+        settings = {key: given[name] for name, key in _KEYS.items() if given[name] is not None}
+        for assignment in self.set or ():
+            key, sign, value = assignment.partition("=")
+            if not sign:
+                raise ConfigError(f"--set {assignment} sets nothing; write it as --set KEY=VALUE.")
+            settings[key.strip()] = value.strip()
+        return settings
+
+
+_KEYS = {
+    "train": "data.train",
+    "validation": "data.validation",
+    "model": "model",
+    "method": "tune.methods",
+    "lr": "optimizer.learning_rate",
+    "steps": "run.steps",
+    "epochs": "run.epochs",
+    "rank": "tune.lora_rank",
+    "alpha": "tune.lora_alpha",
+    "layers": "tune.layer_range",
+    "batch_size": "run.batch_size",
+    "accumulation": "run.accumulation",
+    "precision": "run.precision",
+    "seed": "run.seed",
+}
+
+
+def finetune(
+    recipe_options: RecipeOptions,
+    output: Annotated[
+        Path, Option("--output", "-o", metavar="OUT", help="Folder for adapter, checkpoints, log and curve.")
+    ],
+    recipe: Annotated[
+        Path | None, Argument(metavar="RECIPE", help="A YAML file such as configs/lora.yaml, or one of MindFormers.")
+    ] = None,
+    device: Annotated[str, Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, npu.")] = "auto",
+    nproc: Annotated[int, Option(metavar="N", min=1, help="Processes on this machine, which share the rows.")] = 1,
+    resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
+    print_recipe: Annotated[
+        bool, Option("--print-recipe", help="Only show the whole recipe, as the run would take it.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a model on your own pictures (needs the extra "train"); --train and --output are enough.
+
+    On several machines: torchrun … -m visualglm.cli finetune …, or accelerate launch, the same in each.
+    """
+    # torchrun starts many of these, and one says it all.
+    messages = Messages(quiet or os.environ.get("RANK", "0") != "0")
+    with _needs_training():
+        settings = recipe_options.settings()
+        chosen = read_recipe(_source(recipe, output, resume), settings, tell=messages.tell)
+        if print_recipe:
+            print(recipe_to_yaml(chosen), end="")
+        elif nproc > 1:
+            _launch(chosen, nproc, ["--output", str(output), "--device", device, *_flags(resume, quiet)])
+        else:
+            _run(chosen, output, device, resume, messages)
+
+
+def _source(recipe: Path | None, output: Path, resume: bool) -> Path | None:
+    """The recipe's file: a run that goes on has written its own."""
+    written = output / RECIPE_NAME
+    return written if recipe is None and resume and written.is_file() else recipe
+
+
+def _run(recipe: FinetuneRecipe, output: Path, device: str, resume: bool, messages: Messages) -> None:
+    from visualglm.training.finetune import finetune as train
+
+    if recipe.model is None:
+        messages.tell(BUILTIN_NOTICE)
+    adapter = train(recipe, output, resume=resume, device=device, ui=messages)
+    model = f"--model {recipe.model} " if recipe.model is not None else ""
+    messages.tell(f"The adapter is in {adapter}; `visualglm ask {model}--adapter {adapter} --image FILE` uses it.")
+
+
+def _launch(recipe: FinetuneRecipe, count: int, options: Sequence[str]) -> None:
+    """The same command in `count` processes, which read the recipe as it was understood here."""
+    if "RANK" in os.environ:
+        raise ConfigError(
+            "This process was started by torchrun or the like, which says how many there are; leave out --nproc."
+        )
+    from visualglm.training.launch import launch
+
+    with TemporaryDirectory(prefix="visualglm-") as folder:
+        path = Path(folder, RECIPE_NAME)
+        path.write_text(recipe_to_yaml(recipe), "utf-8")
+        code = launch(["-m", "visualglm.cli", "finetune", str(path), *options], count)
+    if code:
+        raise Exit(code)
+
+
+def _flags(resume: bool, quiet: bool) -> list[str]:
+    return [flag for flag, given in (("--resume", resume), ("--quiet", quiet)) if given]
+
+
+@contextmanager
+def _needs_training() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _NEEDED:
+            raise
+        raise ConfigError(f"Training needs {error.name}; `pip install 'visualglm[train]'` adds it.") from error
