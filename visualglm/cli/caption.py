@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Exit, Option
 
+from visualglm.cli.batches import keep_batches, told_if_interrupted
 from visualglm.cli.captioner import Captioner
 from visualglm.cli.loading import choose_model, load_choice
 from visualglm.cli.messages import Messages
 from visualglm.cli.options import GenerationOptions, ImageOptions, ModelOptions
-from visualglm.cli.row_log import RowLog, sidecar_of
-from visualglm.cli.rows import Rows, read_rows
-from visualglm.errors import DataError
+from visualglm.cli.row_log import RowLog, require_apart
+from visualglm.cli.rows import read_rows
 
 DEFAULT_PROMPT = "描述这张图片。"
 
@@ -40,7 +39,7 @@ def caption(
     """
     messages = Messages(options.quiet)
     generation.config()
-    _check_output(output, source)
+    require_apart(output, source)
     rows = read_rows(source, prompt, recursive=recursive)
     choice = choose_model(options, messages)
     generation = generation.fitted(choice.config.text)
@@ -58,36 +57,9 @@ def caption(
         if len(failed) < len(rows):
             captioner = Captioner(load_choice(choice, images, messages), generation, images)
             captioner.require_room(rows)
-            failed += _answer_rest(captioner, rows, len(failed), batch_size, log, messages)
+            answers = captioner.answers(rows, batch_size, len(failed))
+            with told_if_interrupted(log, len(rows), messages):
+                failed += keep_batches(answers, log.append, len(failed), len(rows), messages)
     messages.tell(f"{output}: {len(rows):,} rows, {sum(failed):,} with an error")
     if strict and any(failed):
         raise Exit(1)
-
-
-def _check_output(output: Path, source: Path) -> None:
-    if output.name in ("", "-"):
-        raise DataError("The answers go to a file, so that they can be gone on with; give its name as --output.")
-    for written in (output, sidecar_of(output)):
-        if written.exists() and source.exists() and written.samefile(source):
-            raise DataError(f"{written} is the input; give another --output.")
-
-
-def _answer_rest(
-    captioner: Captioner, rows: Rows, done: int, batch_size: int, log: RowLog, messages: Messages
-) -> list[bool]:
-    """Answer the rows after the first `done`; returns for each whether it is an error."""
-    failed: list[bool] = []
-    start = time.perf_counter()
-    try:
-        with messages.row_progress("answering") as report, captioner.answers(rows, batch_size, done) as batches:
-            report(done, len(rows))
-            for batch in batches:
-                log.append(batch)
-                failed += ["error" in row for row in batch]
-                report(done + len(failed), len(rows))
-    except KeyboardInterrupt:
-        messages.tell(f"{log.path} has {done + len(failed):,} of {len(rows):,} rows; the same command goes on")
-        raise
-    seconds = time.perf_counter() - start
-    messages.tell(f"answered {len(failed):,} rows in {seconds:.1f} s, {len(failed) / seconds:.1f} rows/s")
-    return failed

@@ -33,6 +33,8 @@ class RowLog:
 
     def __init__(self, path: Path, origin: Values, *, overwrite: bool = False) -> None:
         self.path = path
+        self.row_count = 0
+        """Rows that are there, as far as they were read or written here."""
         if not path.name or (path.exists() and not path.is_file()):
             raise DataError(f"{path} is no regular file; give the name of a file as --output.")
         self._sidecar = sidecar_of(path)
@@ -82,6 +84,7 @@ class RowLog:
                 if row is None or found is None or any(found.get(name) != value for name, value in row.items()):
                     raise DataError(f"{self.path}, line {number} is not of row {number} of this input; {_ELSE}.")
                 failed.append("error" in found)
+        self.row_count = len(failed)
         return failed
 
     def append(self, rows: Sequence[Values]) -> None:
@@ -98,6 +101,7 @@ class RowLog:
             except OSError:
                 self._file.truncate(size)
                 raise
+        self.row_count += len(rows)
 
     def _begin(self) -> None:
         temporary = self._sidecar.with_name(f".{self._sidecar.name}.tmp")
@@ -170,6 +174,15 @@ class RowLog:
             if error.errno in DISK_FULL:
                 remedy = "what is in it is whole; make room, and the same command goes on"
             raise DataError(f"{self.path} cannot be written ({error.strerror}); {remedy}.") from error
+
+
+def require_apart(output: Path, *inputs: Path) -> None:
+    """Raises `DataError` if `output` is no file that answers can be kept in, or would be written over an input."""
+    if output.name in ("", "-"):
+        raise DataError("The answers go to a file, so that they can be gone on with; give its name as --output.")
+    for written in (output, sidecar_of(output)):
+        if any(written.exists() and source.exists() and written.samefile(source) for source in inputs):
+            raise DataError(f"{written} is the input; give another --output.")
 
 
 def sidecar_of(path: Path) -> Path:
