@@ -93,6 +93,13 @@ def test_figures_of_an_export(random_export: LiteDirectory):
     assert figures["weights"].value == pytest.approx(1e-9 * random_export.weights_bytes)
 
 
+def test_the_threads_are_those_of_every_day(random_export: LiteDirectory):
+    """A small model is loaded with one thread, on however many cores; and so it is measured."""
+    choice = choose(random_export.path, backend="auto", device="cpu", dtype="auto")
+    assert load_subject(choice).backend.threads == choice.load().backend.threads == 1
+    assert load_subject(choice, threads=2).backend.threads == 2
+
+
 def test_what_an_export_reads_for_a_token(random_export: LiteDirectory):
     stored = (random_export.path / "decoder.onnx.data").stat().st_size
     text = TINY.text

@@ -84,7 +84,6 @@ class Subject:
     """
 
     backend: Backend
-    threads: int
     weights: int
     step_bytes: Callable[[int], int]
     bandwidth: Callable[[], Bandwidth] | None
@@ -95,7 +94,7 @@ def measure_model(
 ) -> Result:
     """Load a model from a warm cache and measure it; `tell` is given the name of each stage.
 
-    threads: how many compute on a CPU; None: one a core. Raises a `VisualGLMError`.
+    threads: how many compute on a CPU; None: as many as the backend takes by itself. Raises a `VisualGLMError`.
     """
     path = choice.directory.path
     tell("reading the files once")
@@ -109,37 +108,35 @@ def measure_model(
     load = Figure("loading, warm cache", time.perf_counter() - start, "s")
     figures = (load, *Benchmark(subject, plan).run(tell))
     parameters = parameter_count(choice.config)
-    return Result(choice.name, subject.backend.description, parameters, subject.threads, figures)
+    return Result(choice.name, subject.backend.description, parameters, subject.backend.threads, figures)
 
 
 def load_subject(choice: Choice, threads: int | None = None) -> Subject:
-    """Load a model for the benchmark, to compute with so many threads (None: one a core); raises a `VisualGLMError`."""
+    """Load a model for the benchmark, to compute with so many threads on a CPU (None: as many as the backend takes).
+
+    Raises a `VisualGLMError`.
+    """
     if isinstance(choice.directory, LiteDirectory):
         return _onnx_subject(choice, choice.directory, threads)
     return _torch_subject(choice, threads)
 
 
 def _onnx_subject(choice: Choice, directory: LiteDirectory, threads: int | None) -> Subject:
-    from visualglm.backends.onnx.session import CPU, core_count
+    from visualglm.backends.onnx.session import CPU
 
-    count = threads or core_count()
-    backend = cast("OnnxBackend", choice.load(count).backend)
-    bandwidth = partial(CpuReadBandwidth, count) if backend.device.kind == CPU else None
-    return Subject(backend, count, directory.weights_bytes, partial(export_step_bytes, directory), bandwidth)
+    backend = cast("OnnxBackend", choice.load(threads).backend)
+    bandwidth = partial(CpuReadBandwidth, backend.threads) if backend.device.kind == CPU else None
+    return Subject(backend, directory.weights_bytes, partial(export_step_bytes, directory), bandwidth)
 
 
 def _torch_subject(choice: Choice, threads: int | None) -> Subject:
-    import torch
-
     backend = cast("TorchBackend", choice.load(threads).backend)
-    count, size = torch.get_num_threads(), backend.dtype.itemsize
-    on_cpu = backend.device.type == "cpu"
+    size, on_cpu = backend.dtype.itemsize, backend.device.type == "cpu"
     return Subject(
         backend,
-        count,
         parameter_count(backend.config) * size,
         partial(step_bytes, backend.config, element_bytes=size),
-        partial(CpuReadBandwidth, count) if on_cpu else partial(TorchReadBandwidth, backend.device),
+        partial(CpuReadBandwidth, backend.threads) if on_cpu else partial(TorchReadBandwidth, backend.device),
     )
 
 

@@ -12,15 +12,17 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 
 import visualglm
 from tests.lite_model import write_lite
 from visualglm.backends.onnx import load as onnx_load
+from visualglm.backends.onnx.load import load_onnx_backend
 from visualglm.backends.onnx.session import core_count
 from visualglm.checkpoint.lite_dir import open_lite_directory
+from visualglm.checkpoint.lite_graphs import require_as_told
 from visualglm.checkpoint.model_dir import open_model_directory
 from visualglm.errors import CheckpointError, DeviceError
-from visualglm.checkpoint.lite_graphs import require_as_told
 from visualglm.export.onnx import ExportOptions, export_onnx
 
 
@@ -229,6 +231,13 @@ def test_memory_is_that_of_the_weights_as_they_are_run(tiny_model_dir: Path, tmp
     assert quantised.memory.weights == quantised.weights_bytes
     exact = export_onnx(open_model_directory(tiny_model_dir), tmp_path / "exact", ExportOptions("fp32"))
     assert exact.memory.weights >= 4 * exact.manifest.parameter_count
+
+
+def test_a_backend_tells_its_threads(lite: Path, tiny_model_dir: Path):
+    assert load_onnx_backend(open_lite_directory(lite), "cpu").threads == 1
+    assert load_onnx_backend(open_lite_directory(lite), "cpu", threads=3).threads == 3
+    before = torch.get_num_threads()
+    assert visualglm.load(tiny_model_dir, backend="torch", device="cpu").backend.threads == before
 
 
 def test_threads_are_those_of_real_cores_that_may_be_used():

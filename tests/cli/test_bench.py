@@ -73,7 +73,9 @@ def test_a_model_is_exported_into_the_cache(invoke: Invoke, tiny_model_dir: Path
 
 
 def test_without_a_model_the_built_in_one_is_measured(invoke: Invoke, builtin_model_dir: Path):
-    assert "visualglm-tiny, " in invoke("bench", "--device", "cpu", "--repeats", 1, "--quiet").out
+    out = invoke("bench", "--device", "cpu", "--repeats", 1, "--quiet").out
+    told = dict(line.split("  ", 1) for line in out.splitlines())
+    assert "visualglm-tiny, " in told["model"] and told["threads"].strip() == "1"
 
 
 def test_what_is_missing_is_told_before_anything_is_written(

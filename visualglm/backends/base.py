@@ -45,6 +45,11 @@ class Backend(Protocol):
         """Backend, device and precision in a few words, such as "torch on cpu, bfloat16"."""
         ...
 
+    @property
+    def threads(self) -> int:
+        """How many threads compute on the CPU."""
+        ...
+
     def encode_images(self, pixels: NDArray[np.float32]) -> list[ImageEmbeds]:
         """Pixels [images, 3, S, S] → one `ImageEmbeds` an image."""
         ...

@@ -49,7 +49,7 @@ def bench(
         Path | None, Option(metavar="DIR", help="Where the preset's weights are written; else the temporary folder.")
     ] = None,
     keep: Annotated[bool, Option("--keep", help="Keep the preset's weights, to be measured again as MODEL.")] = False,
-    threads: Annotated[int | None, Option(metavar="N", min=1, help="Threads that compute; else as for every command.")] = None,
+    threads: Annotated[int | None, Option(metavar="N", min=1, help="Threads that compute; else as for ask.")] = None,
     repeats: Annotated[int, Option(metavar="N", min=1, help="Figures are medians of so many repeats.")] = 5,
     output: Annotated[Path | None, Option("--json", metavar="FILE", help="Write the figures to FILE too.")] = None,
     *,
@@ -150,7 +150,8 @@ def _picture_url() -> str:
 def _show(result: Result) -> None:
     facts = [
         ("model", f"{result.model}, {result.parameters:,} parameters"),
-        ("backend", f"{result.backend}, {result.threads} threads"),
+        ("backend", result.backend),
+        ("threads", str(result.threads)),
     ]
     print_table([*facts, *((figure.name, f"{figure.value:.4g} {figure.unit}") for figure in result.figures)])
 

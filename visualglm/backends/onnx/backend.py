@@ -45,6 +45,10 @@ class OnnxBackend:
         return f"onnx on {self.device}, {self._precision}"
 
     @property
+    def threads(self) -> int:
+        return int(self._decoder.get_session_options().intra_op_num_threads)
+
+    @property
     def has_cache(self) -> bool:
         """Whether the export has an incremental graph; without one each step runs the whole prompt again."""
         return _CACHED in self._input_types
