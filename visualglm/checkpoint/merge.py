@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from hashlib import sha256
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,11 @@ from visualglm.checkpoint.model_dir import (
     staged_checkpoint,
 )
 from visualglm.checkpoint.progress import ByteProgress, Report
-from visualglm.checkpoint.tensors import NUMPY_DTYPES, LazyTensor, Piece, Tensor, as_float32, rounded
+from visualglm.checkpoint.tensors import NUMPY_DTYPES, LazyTensor, Piece, Tensor, as_float32, rounded, row_blocks
 from visualglm.config import DType
 from visualglm.errors import CheckpointError
 from visualglm.parameters import Shape
 
-# Elements of a weight that are added up at once.
-_BLOCK = 1 << 22
 # Half a unit in the last place of a number near 1, and the smallest number there is.
 _ROUNDING: Mapping[str, tuple[float, float]] = {
     "float32": (2.0**-24, 2.0**-149),
@@ -153,12 +150,6 @@ def merge(
         fill_model_directory(folder, checkpoint, ByteProgress(checkpoint.size_bytes, report))
         deviations = _prove(directory, adapter, read_weights(folder, directory.config))
     return Merge(open_model_directory(output), adapter, deviations)
-
-
-def row_blocks(shape: Shape) -> Iterator[slice]:
-    """The rows of a matrix, some at a time."""
-    step = max(1, _BLOCK // max(1, prod(shape[1:])))
-    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 def _source(directory: ModelDirectory, adapter: AdapterDirectory) -> Source:

@@ -33,6 +33,8 @@ WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
 # Large enough to keep a disk busy, small enough to be hashed and written from the processor's cache.
 PIECE_BYTES = 4 << 20
 Piece = bytes | memoryview
+# Of what is computed a few rows at a time.
+_BLOCK_ELEMENTS = 1 << 22
 
 
 class Tensor(Protocol):
@@ -180,6 +182,12 @@ def rounded(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     # Adding to the bits of a number that is none might carry into infinity, or zero.
     halves[np.isnan(values)] = 0x7FC0
     return halves
+
+
+def row_blocks(shape: Shape) -> Iterator[slice]:
+    """The rows of an array of `shape`, some at a time."""
+    step = max(1, _BLOCK_ELEMENTS // max(1, prod(shape[1:])))
+    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 def row_major_strides(shape: Shape) -> Shape:

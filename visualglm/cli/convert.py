@@ -9,8 +9,13 @@ from typer import Argument, Option
 
 from visualglm.checkpoint.convert import Conversion, Format
 from visualglm.checkpoint.convert import convert as convert_checkpoint
+from visualglm.checkpoint.files import checked_path
+from visualglm.checkpoint.model_dir import open_model_directory
+from visualglm.checkpoint.sat_lora import convert_sat_adapter, holds_sat_adapter
+from visualglm.cli.adapters import adapter_facts
 from visualglm.cli.messages import Messages, print_table
 from visualglm.cli.options import Quiet
+from visualglm.errors import ConfigError
 from visualglm.memory import gib
 
 _TITLES: dict[Format, str] = {"model": "model directory", "sat": "SAT archive", "hf": "Hugging Face checkpoint"}
@@ -24,14 +29,25 @@ def convert(
     tokenizer: Annotated[
         Path | None, Option(metavar="FILE", help="ice_text.model; else the one beside the weights.")
     ] = None,
+    base: Annotated[
+        Path | None, Option("--base", metavar="MODEL", help="For LoRA of SAT: the model directory it was trained on.")
+    ] = None,
     force: Annotated[bool, Option("--force", help="Replace OUT if it holds a checkpoint and nothing else.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Convert a checkpoint: SAT, Hugging Face or model directory, in any direction.
 
-    Weights are kept bit by bit and read one tensor at a time; no code in a checkpoint is run.
+    Weights are kept bit by bit and read one tensor at a time; no code in a checkpoint is run. LoRA or prefixes that
+    SAT fine-tuned, in an archive or in a .pt file, become an adapter directory.
     """
     messages = Messages(quiet)
+    if holds_sat_adapter(checked_path(source)):
+        if to != "model" or tokenizer:
+            raise ConfigError(f"{source} holds an adapter, which has one format here; leave --to and --tokenizer out.")
+        _convert_adapter(source, output, base, force, messages)
+        return
+    if base:
+        raise ConfigError(f"{source} holds no adapter of SAT, which is what --base is for; leave it out.")
     with messages.byte_progress("converting") as report:
         done = convert_checkpoint(source, output, to=to, tokenizer=tokenizer, force=force, report=report)
     print_table(_facts(done))
@@ -44,6 +60,14 @@ def convert(
         )
     if done.license_text:
         messages.tell(f"\n{done.license_text.strip()}")
+
+
+def _convert_adapter(source: Path, output: Path, base: Path | None, force: bool, messages: Messages) -> None:
+    model = None if base is None else open_model_directory(base)
+    adapter = convert_sat_adapter(source, output, base=model, force=force)
+    print_table([("source", f"{source}: fine-tuned by SAT"), *adapter_facts(adapter)])
+    if model is None:
+        messages.tell("Warning: without --base MODEL the adapter does not know which model it belongs to.")
 
 
 def _facts(done: Conversion) -> list[tuple[str, str]]:
