@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from visualglm.errors import ImageError
-from visualglm.processing.image import ImageLimits, load_image, preprocess
+from visualglm.processing.image import ImageLimits, check_image, load_image, preprocess
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "preprocess"
 META = json.loads((GOLDENS / "meta.json").read_text("utf-8"))
@@ -240,6 +240,9 @@ def test_what_is_no_image_file_is_named(tmp_path):
         message = refusal(path)
         assert words in message, message
         assert refusal(str(path)) == message
+        with pytest.raises(ImageError) as caught:
+            check_image(path)
+        assert str(caught.value) == message
 
 
 def test_images_cut_or_damaged_anywhere_are_read_or_refused():
@@ -255,6 +258,22 @@ def test_images_cut_or_damaged_anywhere_are_read_or_refused():
                 assert load_image(variant).mode == "RGB"
             except ImageError as error:
                 assert str(error).endswith(".")
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "GIF", "WEBP", "JPEG"])
+def test_checking_finds_what_loading_would(tmp_path, format):
+    noise = np.kron(np.random.default_rng(7).integers(0, 256, (30, 40, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    data = encoded(Image.fromarray(noise), format)
+    path = tmp_path / "image"
+    path.write_bytes(data)
+    check_image(path)
+    for share in (0.2, 0.6, 0.99):
+        path.write_bytes(data[: int(share * len(data))])
+        with pytest.raises(ImageError, match="damaged or cut short"):
+            check_image(path)
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match="320×240 pixels, over the limit of 999 pixels"):
+        check_image(path, ImageLimits(max_pixels=999))
 
 
 @pytest.mark.parametrize(

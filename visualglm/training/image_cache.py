@@ -18,6 +18,7 @@ from visualglm import __version__
 from visualglm.backends.base import ImageEmbeds
 from visualglm.config import DType, VisualGLMConfig
 from visualglm.errors import DISK_FULL, DataError, ImageError
+from visualglm.export_cache import CACHE_VARIABLE
 from visualglm.memory import gib
 from visualglm.processing.image import load_image, preprocess
 from visualglm.training.rows import Report
@@ -27,15 +28,17 @@ Encode = Callable[[NDArray[np.float32]], Sequence[ImageEmbeds]]
 
 _THREADS = 4
 _CHECKSUM_BYTES = 4
-_REMEDY = "or train with data.cache_images: false"
+_REMEDY = f"set {CACHE_VARIABLE} to a folder that has room, or train with data.cache_images: false"
 
 
 class ImageCache:
     """One file an image, named by the hash of its content, in a folder for the model and precision that computed it.
 
-    folder: where the caches of all models lie. fingerprint: of the model. dtype: in which the embeddings are computed;
-    they are kept in float32, or in float16 if computed in half precision. Any number of processes may fill and read
-    it at once: a file appears whole, and who comes second replaces it by the same.
+    folder: where the caches of all models lie, such as `export_cache.cache_folder() / "images"`
+    fingerprint: of the model
+    dtype: in which the embeddings are computed; they are kept in float32, or in float16 if that is half precision
+    Any number of processes may fill and read it at once: a file appears whole, and who comes second replaces it by the
+    same.
     """
 
     def __init__(self, folder: Path, config: VisualGLMConfig, fingerprint: str, dtype: DType) -> None:
@@ -90,9 +93,7 @@ class ImageCache:
                         report(start + len(batch), len(missing))
         except OSError as error:
             reason = "the disk is full" if error.errno in DISK_FULL else error.strerror
-            raise DataError(
-                f"Embeddings of images cannot be kept in {self.folder} ({reason}); make room, {_REMEDY}."
-            ) from error
+            raise DataError(f"Embeddings of images cannot be kept in {self.folder} ({reason}); {_REMEDY}.") from error
         return len(missing)
 
     def _key(self, image: Path) -> str:
@@ -134,7 +135,7 @@ class ImageCache:
         if needed > free:
             raise DataError(
                 f"The embeddings of {entries} images take {gib(needed)}, but {self.folder} has {gib(free)} free; "
-                f"make room, {_REMEDY}."
+                f"{_REMEDY}."
             )
 
     def _write(self, image: Path, embeds: NDArray[np.float32]) -> None:
