@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,3 +85,19 @@ def test_keys_are_those_of_all_parts() -> None:
     assert keys[:2] == ["model", "data.train"]
     assert {"tune.lora_rank", "optimizer.betas", "run.seed"} < set(keys)
     assert len({key.rpartition(".")[2] for key in keys}) == len(keys)
+
+
+def shown(value: object) -> str:
+    """A default as the guide has it."""
+    if isinstance(value, tuple):
+        return ", ".join(map(shown, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def test_the_guide_has_every_key_with_its_default() -> None:
+    guide = (Path(__file__).parents[2] / "docs/finetune.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([a-z_.]+)` \| ([^|]*?) ?\| ", guide, re.MULTILINE)
+    keys = {key: "" if field.is_required() else shown(field.default) for key, field in recipe_keys().items()}
+    assert {key: default for key, default in rows if key in keys} == keys

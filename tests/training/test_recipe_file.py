@@ -84,8 +84,8 @@ def test_override_checks_again() -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("data: {train: a}\ntune: {rank: 8}\n", r"the key tune\.rank is unknown; do you mean tune\.lora_rank\?"),
-        ("data: {train: a}\nlearning_rate: 1\n", r"do you mean optimizer\.learning_rate\?"),
+        ("data: {train: a}\ntune: {rank: 8}\n", r"the key tune\.rank is unknown; write tune\.lora_rank\."),
+        ("data: {train: a}\nlearning_rate: 1\n", r"write optimizer\.learning_rate\."),
         ("data: {train: a}\nzzz: 1\n", r"the key zzz is unknown; docs/finetune\.md lists those there are\."),
         ("data: {train: a}\ntune: {lora_rank: 0}\n", r"recipe\.yaml is not valid: tune\.lora_rank is 0"),
         ("data: {train: a}\ntune: 5\n", r"tune is 5, but must be a table of names and values"),
@@ -123,7 +123,7 @@ def test_a_file_that_is_none_of_ours_is_told(tmp_path: Path) -> None:
 
 
 def test_an_unknown_setting_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"the key optimizer\.lr is unknown; do you mean optimizer\.learning_rate or"):
+    with pytest.raises(ConfigError, match=r"the key optimizer\.lr is unknown; write optimizer\.learning_rate or"):
         read_recipe(None, {"data.train": "a", "optimizer.lr": "1"})
 
 

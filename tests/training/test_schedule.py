@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from visualglm.training.recipe import OptimizerRecipe, Schedule
-from visualglm.training.schedule import annealing, learning_rate, warmup_cosine
+from visualglm.training.schedule import annealing, learning_rate, pace_note, warmup_cosine
 
 
 @pytest.mark.parametrize(
@@ -80,3 +80,20 @@ def test_without_decay_steps_a_schedule_spans_the_run(schedule: Schedule) -> Non
     assert [learning_rate(recipe, step, 700) for step in range(700)] == [
         learning_rate(spanned, step, 300) for step in range(700)
     ]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup_steps", "total_steps", "slow"),
+    [
+        ("annealing-cosine", 10, 100, True),
+        ("annealing-cosine", 10, 101, False),
+        ("annealing-cosine", 300, 300, True),
+        ("cosine", 10, 100, False),
+        ("cosine", 10, 10, True),
+    ],
+)
+def test_a_run_that_ends_before_it_learns_is_warned_of(
+    schedule: Schedule, warmup_steps: int, total_steps: int, slow: bool
+) -> None:
+    note = pace_note(OptimizerRecipe(schedule=schedule, warmup_steps=warmup_steps), total_steps)
+    assert (note is not None) is slow

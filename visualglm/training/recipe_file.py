@@ -124,5 +124,5 @@ def _unknown(key: str) -> str:
     near = [known for other, known in names.items() if known.startswith(f"{part}.") and name and name in other]
     near = near or [names[other] for other in get_close_matches(name, names, n=1)]
     near = near or [known for known in names.values() if known.startswith(f"{part}.")]
-    remedy = f"do you mean {' or '.join(near)}?" if near else "docs/finetune.md lists those there are."
-    return f"the key {readable(key)} is unknown; {remedy}"
+    remedy = f"write {' or '.join(near)}" if near else "docs/finetune.md lists those there are"
+    return f"the key {readable(key)} is unknown; {remedy}."

@@ -19,6 +19,18 @@ def learning_rate(optimizer: OptimizerRecipe, step: int, total_steps: int) -> fl
     return optimizer.learning_rate * _factor(optimizer, step, optimizer.decay_steps or total_steps)
 
 
+def pace_note(optimizer: OptimizerRecipe, total_steps: int) -> str | None:
+    """A warning if a run ends before its learning rate has got anywhere; None if it does not."""
+    annealed = optimizer.schedule.startswith("annealing")
+    slow_steps = max(optimizer.warmup_steps, _SLOW_STEPS if annealed else 0)
+    if total_steps > slow_steps:
+        return None
+    return (
+        f"Warning: the learning rate needs {slow_steps:,} steps to rise, and the run has {total_steps:,}; train "
+        "longer, or set optimizer.schedule to cosine and optimizer.warmup_steps to fewer."
+    )
+
+
 def annealing(step: int, *, decay: str, warmup_steps: int, decay_steps: int, decay_ratio: float = 10.0) -> float:
     """The AnnealingLR of the original recipe, as a factor of the peak rate.
 

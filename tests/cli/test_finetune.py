@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cli.program import Invoke
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MINDFORMERS = Path(__file__).parents[1] / "training/mindformers_lora.yaml"
+
+
+def test_options_are_keys_of_the_recipe(invoke: Invoke, tmp_path: Path) -> None:
+    outcome = invoke(
+        "finetune", CONFIGS / "lora.yaml", "--output", tmp_path / "out", "--train", "/rows.jsonl", "--model", "/model",
+        "--validation", "/held.jsonl", "--method", "lora,qformer", "--lr", "2e-5", "--epochs", "1.5", "--rank", "4",
+        "--alpha", "8", "--layers", "0,3", "--batch-size", "2", "--accumulation", "3", "--precision", "float32",
+        "--seed", "7", "--set", "optimizer.betas=0.9,0.99", "--set", "run.log_every=1", "--print-recipe",
+    )  # fmt: skip
+    assert outcome.code == 0
+    recipe = yaml.safe_load(outcome.out)
+    assert recipe["model"] == "/model"
+    assert (recipe["data"]["train"], recipe["data"]["validation"]) == ("/rows.jsonl", "/held.jsonl")
+    assert recipe["tune"]["methods"] == ["lora", "qformer"]
+    assert (recipe["tune"]["lora_rank"], recipe["tune"]["lora_alpha"], recipe["tune"]["layer_range"]) == (4, 8, [0, 3])
+    assert (recipe["optimizer"]["learning_rate"], recipe["optimizer"]["betas"]) == (2e-5, [0.9, 0.99])
+    run = recipe["run"]
+    assert (run["epochs"], run["steps"], run["batch_size"], run["accumulation"]) == (1.5, None, 2, 3)
+    assert (run["precision"], run["seed"], run["log_every"]) == ("float32", 7, 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_of_mindformers_is_explained_on_stderr(invoke: Invoke, tmp_path: Path) -> None:
+    outcome = invoke("finetune", MINDFORMERS, "--output", tmp_path / "out", "--print-recipe")
+    assert yaml.safe_load(outcome.out)["run"]["steps"] == 1500
+    assert "Taken over: seed (run.seed)" in outcome.err
+    assert "Ignored, since the folder is given as --output: output_dir." in outcome.err
+    assert not invoke("finetune", MINDFORMERS, "--output", tmp_path / "out", "--print-recipe", "--quiet").err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ([], "names no rows to train on; give --train FILE"),
+        (["--train", "a", "--rank", "0"], "tune.lora_rank is 0, but must be above 0"),
+        (["--train", "a", "--method", "full,lora"], "tune.methods names full and lora"),
+        (["--train", "a", "--steps", "3", "--epochs", "3"], "run.epochs and run.steps are both given"),
+        (["--train", "a", "--set", "tune.rank=3"], "the key tune.rank is unknown; write tune.lora_rank."),
+        (["--train", "a", "--set", "tune.lora_rank"], "write it as --set KEY=VALUE"),
+        (["missing.yaml"], "The recipe missing.yaml cannot be read"),
+    ],
+)
+def test_bad_options_are_told_before_anything_is_done(
+    invoke: Invoke, tmp_path: Path, options: list[str], sentence: str
+) -> None:
+    assert sentence in invoke("finetune", *options, "--output", tmp_path / "out").error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_goes_on_has_its_own_recipe(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("data: {train: rows.jsonl}\nrun: {steps: 7}\n", "utf-8")
+    outcome = invoke("finetune", "--output", tmp_path, "--resume", "--print-recipe")
+    assert yaml.safe_load(outcome.out)["run"]["steps"] == 7
+
+
+def test_processes_that_torchrun_started_start_no_others(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    outcome = invoke("finetune", "--train", "a", "--output", tmp_path / "out", "--nproc", "2")
+    assert "was started by torchrun or the like" in outcome.error
