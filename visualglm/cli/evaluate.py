@@ -11,12 +11,12 @@ from visualglm.cli.batches import keep_batches, told_if_interrupted
 from visualglm.cli.loading import choose_model, load_choice
 from visualglm.cli.messages import Messages, print_table
 from visualglm.cli.options import GenerationOptions, ImageOptions, ModelOptions
-from visualglm.cli.row_log import RowLog, require_apart
+from visualglm.cli.row_log import RowLog, require_apart, sidecar_of
 from visualglm.errors import DataError
 from visualglm.evaluation.evaluate import Evaluator
 from visualglm.evaluation.metrics import has_bleu
 from visualglm.evaluation.questions import Question, read_questions
-from visualglm.evaluation.report import Column, write_report
+from visualglm.evaluation.report import Column, is_report, write_report
 from visualglm.evaluation.results import Result, read_results
 from visualglm.evaluation.scores import Scored
 from visualglm.evaluation.tables import comparison_table, score_table
@@ -76,16 +76,16 @@ def evaluate(
 
 def _check_files(data: Path, output: Path | None, html: Path | None, compare: Path | None) -> None:
     """Nothing that is read, or written by another option, is to be written over."""
-    inputs = [data] if compare is None else [data, compare]
     if output is not None:
-        require_apart(output, *inputs)
-        inputs.append(output)
+        require_apart(output, data, *([] if compare is None else [compare]))
     if html is None:
         return
     if html.is_dir() or not html.parent.is_dir():
         raise DataError(f"{html} cannot be written; give the name of a file in a folder that is there as --html.")
-    if any(html.resolve() == path.resolve() for path in inputs):
-        raise DataError(f"{html} is used already; give another name as --html.")
+    if output is not None and html.resolve() in (output.resolve(), sidecar_of(output).resolve()):
+        raise DataError(f"{html} is for the results; give another name as --html.")
+    if html.exists() and not is_report(html):
+        raise DataError(f"{html} is no page of an evaluation, so it is not replaced; give another name as --html.")
 
 
 class _Run:

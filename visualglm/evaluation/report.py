@@ -32,6 +32,7 @@ _HEAD = """<!doctype html>
 <html>
 <head>
 <meta charset="utf-8">
+<meta name="generator" content="visualglm evaluate">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
@@ -53,12 +54,21 @@ small {{ display: block; opacity: .7; }}
 """
 
 
+_START = _HEAD[: _HEAD.index("<meta http-equiv")].encode()
+
+
 @dataclass(frozen=True)
 class Column:
     """One evaluation on the page, under its name."""
 
     name: str
     scored: Scored
+
+
+def is_report(path: Path) -> bool:
+    """Whether `path` is such a page; raises `OSError`."""
+    with open(path, "rb") as file:
+        return file.read(len(_START)) == _START
 
 
 def write_report(
