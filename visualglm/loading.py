@@ -68,14 +68,9 @@ class Choice:
         return fingerprint_of_both(self.directory.fingerprint, used) if used else self.directory.fingerprint
 
     @property
-    def notes(self) -> list[str]:
-        """What a user should know of its adapters."""
-        return [
-            f"The adapter {adapter.path} does not say which model it belongs to; "
-            "that it fits this one is all that could be checked."
-            for adapter in self.adapters.values()
-            if not adapter.knows_base
-        ]
+    def warnings(self) -> list[str]:
+        """What users should be told of its adapters."""
+        return [adapter.warning for adapter in self.adapters.values() if adapter.warning]
 
     @property
     def memory(self) -> MemoryEstimate:
@@ -130,8 +125,8 @@ def load_model(
     """See `visualglm.load`."""
     adapters = {} if adapter is None else {adapter_name(adapter): adapter}
     choice = choose(path, backend=backend, device=device, dtype=dtype, adapters=adapters)
-    for note in choice.notes:
-        warnings.warn(note, stacklevel=3)
+    for warning in choice.warnings:
+        warnings.warn(warning, stacklevel=3)
     return choice.load()
 
 

@@ -95,6 +95,16 @@ class AdapterDirectory:
         return self.manifest is not None and self.manifest.base_fingerprint is not None
 
     @property
+    def warning(self) -> str | None:
+        """What users should be told, if something is left unchecked."""
+        if self.knows_base:
+            return None
+        return (
+            f"The adapter {self.path} does not say which model it belongs to; "
+            "that it fits this one is all that could be checked."
+        )
+
+    @property
     def tensors(self) -> dict[str, StoredTensor]:
         """All of them, by their names in messages."""
         pairs = {f"{name}.lora_A": pair.a for name, pair in self.lora.items()}

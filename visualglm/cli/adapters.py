@@ -13,7 +13,7 @@ Row = tuple[str, str]
 
 def adapter_facts(adapter: AdapterDirectory) -> list[Row]:
     """What it holds, and which model it belongs to."""
-    return [("adapter", str(adapter.path)), *_lora(adapter), *_parts(adapter), ("base", _base(adapter))]
+    return [("adapter", str(adapter.path)), *_lora(adapter), *_parts(adapter), ("base", base_of(adapter))]
 
 
 def _lora(adapter: AdapterDirectory) -> list[Row]:
@@ -41,7 +41,8 @@ def _parts(adapter: AdapterDirectory) -> list[Row]:
     return rows
 
 
-def _base(adapter: AdapterDirectory) -> str:
+def base_of(adapter: AdapterDirectory) -> str:
+    """The model that it belongs to, in words."""
     manifest = adapter.manifest
     if manifest is None or manifest.base_fingerprint is None:
         return "not known: taken by any model that it fits"

@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
+from visualglm.checkpoint.adapter_dir import open_adapter
 from visualglm.checkpoint.lite_dir import LiteDirectory
+from visualglm.checkpoint.merge import merged
 from visualglm.checkpoint.model_dir import open_model_directory
 from visualglm.cli.messages import Messages, print_table
 from visualglm.cli.options import Quiet
@@ -18,6 +20,9 @@ from visualglm.memory import gib
 def export(
     model: Annotated[Path, Argument(metavar="MODEL", help="Model directory made by `visualglm convert`.")],
     output: Annotated[Path, Argument(metavar="OUT", help="Folder to be made.")],
+    adapter: Annotated[
+        Path | None, Option("--adapter", metavar="DIR", help="What fine-tuning made of MODEL, to be merged into it.")
+    ] = None,
     format: Annotated[Literal["onnx"], Option(help="What the export is for.")] = "onnx",
     precision: Annotated[
         Literal["int4", "int8", "fp16", "fp32"], Option(help="Of the decoder's weights; fp16 is for GPUs.")
@@ -53,6 +58,11 @@ def export(
     """
     messages = Messages(quiet)
     directory = open_model_directory(model)
+    if adapter:
+        opened = open_adapter(adapter)
+        directory = merged(directory, opened)
+        if opened.warning:
+            messages.tell(f"Warning: {opened.warning}")
     require_export_tools()
     from visualglm.export.onnx import ExportOptions, export_onnx
 
@@ -60,13 +70,13 @@ def export(
     options = ExportOptions(precision, not no_use_past, block_size, kv_cache, method, kinds, calibration, evaluate)
     with messages.byte_progress("exporting") as report:
         done = export_onnx(directory, output, options, force=force, report=report)
-    print_table(_facts(model, done))
+    print_table(_facts(f"{model} with adapter {adapter}" if adapter else str(model), done))
     messages.tell(f'Ask it with: visualglm ask --model {done.path} --image FILE "What is in the picture?"')
 
 
-def _facts(model: Path, done: LiteDirectory) -> list[tuple[str, str]]:
+def _facts(source: str, done: LiteDirectory) -> list[tuple[str, str]]:
     return [
-        ("source", str(model)),
+        ("source", source),
         ("export", f"{done.path}: {done.manifest.title}"),
         ("size", gib(sum(record.size for record in done.manifest.files.values()))),
         ("memory", f"takes {done.memory}"),

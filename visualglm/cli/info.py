@@ -14,8 +14,10 @@ import psutil
 from typer import Argument
 
 from visualglm import __version__
+from visualglm.checkpoint.adapter_dir import AdapterDirectory, is_adapter, open_adapter
 from visualglm.checkpoint.lite_dir import LiteDirectory, is_lite_directory, open_lite_directory
 from visualglm.checkpoint.model_dir import ModelDirectory, license_of, open_model_directory
+from visualglm.cli.adapters import adapter_facts
 from visualglm.cli.messages import print_table
 from visualglm.config import VisualGLMConfig
 from visualglm.loading import BUILTIN_NOTICE, builtin_path
@@ -30,13 +32,16 @@ Row = tuple[str, str]
 
 def info(
     model: Annotated[
-        Path | None, Argument(metavar="MODEL", help="Model directory or export; else the built-in model.")
+        Path | None, Argument(metavar="MODEL", help="Model directory, export or adapter; else the built-in model.")
     ] = None,
 ) -> None:
-    """Show version, machine, devices, and what a model is."""
+    """Show version, machine, devices, and what a model or an adapter is."""
     print_table([*_program(), *_onnx(), *_torch()])
     print()
     path = builtin_path() if model is None else model
+    if is_adapter(path):
+        print_table(_adapter(open_adapter(path)))
+        return
     directory = open_lite_directory(path) if is_lite_directory(path) else open_model_directory(path)
     print_table(_folder(directory, is_builtin=model is None))
     print()
@@ -121,6 +126,15 @@ def _export(directory: LiteDirectory) -> list[Row]:
         ("ONNX export", manifest.title),
         ("memory", directory.memory.beside(available_memory())),
         ("fingerprint", f"{manifest.model_fingerprint}, of the model it was made from"),
+    ]
+
+
+def _adapter(adapter: AdapterDirectory) -> list[Row]:
+    manifest = adapter.manifest
+    return [
+        *adapter_facts(adapter),
+        ("fingerprint", adapter.fingerprint),
+        ("source", manifest.source.format if manifest else "PEFT, without a manifest"),
     ]
 
 

@@ -46,8 +46,8 @@ def choose_model(options: ModelOptions, messages: Messages, *, switches: bool = 
         adapters=adapters,
         exporting=exporting,
     )
-    for note in choice.notes:
-        messages.tell(f"Warning: {note}")
+    for warning in choice.warnings:
+        messages.tell(f"Warning: {warning}")
     return choice
 
 

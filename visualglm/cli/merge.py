@@ -34,8 +34,8 @@ def merge(
     """
     messages = Messages(quiet)
     directory, opened = open_model_directory(model), open_adapter(adapter)
-    if not opened.knows_base:
-        messages.tell(f"Warning: the adapter {adapter} does not say which model it belongs to.")
+    if opened.warning:
+        messages.tell(f"Warning: {opened.warning}")
     with messages.byte_progress("merging") as report:
         done = merge_adapter(
             directory, opened, output, dtype=None if dtype == "stored" else dtype, force=force, report=report
