@@ -9,6 +9,7 @@ from typing import Annotated, TypeVar, get_args
 
 from typer import Argument, Exit
 
+from visualglm.checkpoint.adapter_dir import AdapterManifest, is_adapter, open_adapter, require_finite
 from visualglm.checkpoint.contents import Checkpoint
 from visualglm.checkpoint.files import file_pieces, hash_pieces, read_json_object, require_folder
 from visualglm.checkpoint.foreign import TOKENIZER as FOREIGN_TOKENIZER
@@ -22,6 +23,7 @@ from visualglm.checkpoint.model_dir import CONFIG, TOKENIZER, open_model_directo
 from visualglm.checkpoint.progress import ByteProgress
 from visualglm.checkpoint.sat import read_sat
 from visualglm.cli.messages import Messages, print_table
+from visualglm.cli.adapters import base_of
 from visualglm.cli.options import Quiet
 from visualglm.config import DType, VisualGLMConfig
 from visualglm.errors import CheckpointError, VisualGLMError
@@ -39,23 +41,23 @@ M = TypeVar("M", bound=FolderManifest)
 def check(
     model: Annotated[
         Path | None,
-        Argument(metavar="MODEL", help="Model directory, export, SAT or Hugging Face folder; else the built-in model."),
+        Argument(metavar="MODEL", help="Model, export, adapter, SAT or Hugging Face folder; else the built-in model."),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Check a model: files, hashes, tensors, tokenizer, memory. The exit code is 1 if something is wrong."""
     path = builtin_path() if model is None else model
-    require_folder(path)
-    findings = Findings()
+    if is_adapter(path):
+        _conclude(_check_adapter(path, Messages(quiet)))
+        return
+    require_model_folder(path)
     read_foreign = _foreign_reader(path)
     if read_foreign:
         _check_foreign(path, read_foreign, findings)
     else:
         check_folder = _check_lite_directory if is_lite_directory(path) else _check_model_directory
         check_folder(path, findings, Messages(quiet))
-    print_table(findings.rows)
-    if findings.is_bad:
-        raise Exit(1)
+    _conclude(findings)
 
 
 class Findings:
@@ -146,6 +148,25 @@ def _check_manifest(
     path: Path, manifest_type: type[M], describe: Callable[[M], str], findings: Findings, messages: Messages
 ) -> None:
     """The manifest, and every file that it lists."""
+def _conclude(findings: Findings) -> None:
+    print_table(findings.rows)
+    if findings.is_bad:
+        raise Exit(1)
+
+
+def _check_adapter(path: Path, messages: Messages) -> Findings:
+    findings = Findings()
+    if (path / MANIFEST).exists():
+        _check_manifest(path, AdapterManifest, lambda it: f"adapter, made from {it.source.format}", findings, messages)
+    adapter = findings.attempt(
+        "tensors", lambda: open_adapter(path), lambda it: f"{len(it.tensors):,}, as they should be"
+    )
+    if adapter:
+        findings.attempt("values", lambda: require_finite(adapter), lambda _: "all are finite numbers")
+        findings.add(GOOD if adapter.knows_base else NEITHER, "model", base_of(adapter))
+    return findings
+
+
     manifest = findings.attempt(MANIFEST, lambda: manifest_type.from_file(path / MANIFEST), describe)
     if manifest is None:
         return
