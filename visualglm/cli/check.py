@@ -22,8 +22,8 @@ from visualglm.checkpoint.manifest import MANIFEST, FolderManifest, Manifest
 from visualglm.checkpoint.model_dir import CONFIG, TOKENIZER, open_model_directory, read_weights
 from visualglm.checkpoint.progress import ByteProgress
 from visualglm.checkpoint.sat import read_sat
-from visualglm.cli.messages import Messages, print_table
 from visualglm.cli.adapters import base_of
+from visualglm.cli.messages import Messages, print_table
 from visualglm.cli.options import Quiet
 from visualglm.config import DType, VisualGLMConfig
 from visualglm.errors import CheckpointError, VisualGLMError
@@ -50,7 +50,8 @@ def check(
     if is_adapter(path):
         _conclude(_check_adapter(path, Messages(quiet)))
         return
-    require_model_folder(path)
+    require_folder(path)
+    findings = Findings()
     read_foreign = _foreign_reader(path)
     if read_foreign:
         _check_foreign(path, read_foreign, findings)
@@ -144,10 +145,6 @@ def _open_lite(path: Path) -> LiteDirectory:
     return directory
 
 
-def _check_manifest(
-    path: Path, manifest_type: type[M], describe: Callable[[M], str], findings: Findings, messages: Messages
-) -> None:
-    """The manifest, and every file that it lists."""
 def _conclude(findings: Findings) -> None:
     print_table(findings.rows)
     if findings.is_bad:
@@ -167,6 +164,10 @@ def _check_adapter(path: Path, messages: Messages) -> Findings:
     return findings
 
 
+def _check_manifest(
+    path: Path, manifest_type: type[M], describe: Callable[[M], str], findings: Findings, messages: Messages
+) -> None:
+    """The manifest, and every file that it lists."""
     manifest = findings.attempt(MANIFEST, lambda: manifest_type.from_file(path / MANIFEST), describe)
     if manifest is None:
         return
