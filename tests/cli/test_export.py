@@ -61,7 +61,7 @@ def test_an_export_on_first_use_is_told_once(
         (["MODEL", "MODEL", "--force"], "is not replaced"),
         (["MODEL", "missing/OUT"], "does not exist; create the folder"),
         (["MODEL", "OUT", "--precision", "fp32", "--block-size", "64"], "Blocks of 64 are for int4 and int8"),
-        (["MODEL", "OUT", "--block-size", "7"], "cannot be run; give 16, 32, 64, 128, 256."),
+        (["MODEL", "OUT", "--block-size", "7"], "cannot be run; give 16, 32, 64, 128, 256, 512."),
     ],
 )
 def test_what_cannot_be_exported(

@@ -117,10 +117,10 @@ def test_the_expected_size_is_that_of_the_weights(export: Export, tiny_model_dir
     ("options", "message"),
     [
         ({"precision": "fp32", "block_size": 64}, "Blocks of 64 are for int4 and int8; leave them out for fp32."),
-        ({"precision": "int4", "block_size": 48}, "cannot be run; give 16, 32, 64, 128, 256"),
+        ({"precision": "int4", "block_size": 48}, "cannot be run; give 16, 32, 64, 128, 256, 512"),
         ({"precision": "int4", "block_size": -1}, "Blocks of -1 weights cannot be run"),
         ({"precision": "int4", "block_size": 0}, "Blocks of 0 weights cannot be run"),
-        ({"precision": "int4", "block_size": 512}, "Blocks of 512 weights cannot be run"),
+        ({"precision": "int4", "block_size": 1024}, "Blocks of 1024 weights cannot be run"),
         ({"precision": "int4", "use_past": False, "kv_cache": "int8"}, "An export without a KV cache has none of int8"),
         ({"precision": "fp16", "kv_cache": "int8"}, "An fp16 export has a float16 cache, not int8"),
     ],

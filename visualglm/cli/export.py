@@ -29,7 +29,7 @@ def export(
     ] = "int8",
     no_use_past: Annotated[bool, Option("--no-use-past", help="The full graph only, without a KV cache.")] = False,
     block_size: Annotated[
-        int | None, Option(metavar="N", help="Weights that share a scale; else 128, in narrow models 32.")
+        int | None, Option(metavar="N", help="Weights that share a scale; else 128 (int8: 512), in narrow models 32.")
     ] = None,
     kv_cache: Annotated[
         Literal["auto", "float32", "int8"], Option(help="How keys and values are kept; auto: int8 with int4 and int8.")
