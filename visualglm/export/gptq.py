@@ -15,6 +15,8 @@ from visualglm.export.quantize import Matrix, check_finite, check_matrix, in_par
 
 # Outputs that one thread works on at once: each is a problem of its own.
 _OUTPUTS = 1024
+# Triangles of this size are inverted at once.
+_SMALL = 256
 
 
 def gptq(
@@ -66,16 +68,30 @@ class _Inputs:
             raise ConfigError(
                 f"The Hessian of {name} must be [{columns}, {columns}], finite and positive; calibrate again."
             )
-        damped = np.eye(columns + -columns % block_size) * damping
-        damped[:columns, :columns] += hessian / mean
+        factor: NDArray[Any] = np.zeros((columns + -columns % block_size,) * 2)
+        np.divide(hessian, mean, out=factor[:columns, :columns])
+        factor[np.diag_indices_from(factor)] += damping
         try:
             # Of the reversed matrix, since Cholesky's own factor is a lower one.
-            factor = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
-            feedback = np.linalg.inv(factor)
+            factor = np.linalg.cholesky(factor[::-1, ::-1])[::-1, ::-1]
         except np.linalg.LinAlgError as error:
             raise ConfigError(f"The Hessian of {name} is not positive; calibrate again, or damp it more.") from error
         importance = np.where(np.arange(len(factor)) < columns, np.diag(factor) ** 2, 0)
-        return cls(*(np.ascontiguousarray(each, np.float32) for each in (factor, feedback, importance)))
+        kept = np.ascontiguousarray(factor, np.float32)
+        _invert_triangle(factor)
+        return cls(kept, np.ascontiguousarray(factor, np.float32), importance.astype(np.float32))
+
+
+def _invert_triangle(upper: NDArray[Any]) -> None:
+    """Invert an upper triangular matrix in place, by halves: a fraction of the work and memory of any other matrix."""
+    if len(upper) <= _SMALL:
+        upper[:] = np.linalg.inv(upper)
+        return
+    half = len(upper) // 2
+    first, corner, last = upper[:half, :half], upper[:half, half:], upper[half:, half:]
+    _invert_triangle(first)
+    _invert_triangle(last)
+    corner[:] = -(first @ corner @ last)
 
 
 @dataclass(frozen=True)
