@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ASK = ("--image", str(ROOT / "examples" / "stop.png"), "图里写着什么？")
 CAPTION = ("caption", str(ROOT / "examples" / "questions.jsonl"), "--strict", "--output", "answers.jsonl")
-ABSENT = ("torch", "onnx", "mindspore", "matplotlib", "yaml")
+EVALUATE = ("evaluate", str(ROOT / "examples" / "labelled.jsonl"))
+ABSENT = ("torch", "onnx", "mindspore", "matplotlib", "yaml", "sacrebleu")
 
 # Makes packages absent, installed or not, and runs the commands that stdin gives until one fails.
 WITHOUT = f"""
@@ -35,7 +36,7 @@ def finished(
 
 
 def test_the_commands_of_every_day_run_where_the_extras_are_not(tmp_path: Path):
-    commands = [["--help"], ["ask", *ASK], CAPTION, ["check"], ["info"], ["bench", "--help"]]
+    commands = [["--help"], ["ask", *ASK], CAPTION, EVALUATE, ["check"], ["info"], ["bench", "--help"]]
     done = finished([sys.executable, "-c", WITHOUT], tmp_path, json.dumps(commands), PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     assert "\nSTOP\n" in done.stdout and len((tmp_path / "answers.jsonl").read_text("utf-8").splitlines()) == 7
@@ -68,13 +69,14 @@ def test_nothing_of_an_extra_is_installed(environment: Path, tmp_path: Path):
         (("ask", *ASK), "", "STOP"),
         (("chat", *ASK[:2]), "图里写着什么？\n", "STOP"),
         (CAPTION, "", ""),
+        (EVALUATE, "", "exact match"),
         (("check",), "", "✓"),
         (("info",), "", "not installed; `pip install 'visualglm[torch]'`"),
         (("bench", "--repeats", "1", "--threads", "1"), "", "onnx on cpu, fp32, 1 threads"),
         (("bench", "{assets}/tiny-onnx", "--repeats", "1"), "", "onnx on cpu, fp32"),
         (("ask", "--help"), "", "QUESTION"),
     ],
-    ids=["ask", "chat", "caption", "check", "info", "bench", "bench an export", "help"],
+    ids=["ask", "chat", "caption", "evaluate", "check", "info", "bench", "bench an export", "help"],
 )
 def test_a_base_install(arguments: tuple[str, ...], stdin: str, told: str, environment: Path, tmp_path: Path):
     assets = next(environment.parent.glob("**/visualglm/assets"))
