@@ -25,6 +25,8 @@ from visualglm.scenes.held_out import picture_of, questions_about
 _BATCHES, _PLAN, _SEED = 4, BatchPlan(scenes=16, questions=8), 1
 _SCENES_AT_ONCE = 16
 _ROWS_AT_ONCE = 8
+# More rows bring next to nothing, and take memory.
+_MOST_ROWS = 512
 # Every so many rows of a file are kept from the calibration, to judge by.
 _HELD_OUT_EVERY = 10
 
@@ -104,7 +106,8 @@ class RowFile:
 
     def to_calibrate(self) -> Iterator[Examples]:
         kept = set(self._held_out())
-        return self._examples([row for row in self.rows if row not in kept])
+        rows = [row for row in self.rows if row not in kept]
+        return self._examples(rows[:: -(-len(rows) // _MOST_ROWS)])
 
     def to_judge(self, count: int) -> Iterator[Examples]:
         return self._examples(self._held_out()[:count])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,26 @@ from visualglm.backends.onnx.backend import attention_bias, fill_slots
 from visualglm.backends.onnx.load import default_threads
 from visualglm.backends.onnx.session import CPU, Device, computes, open_session
 from visualglm.checkpoint.model_dir import ModelDirectory
+from visualglm.config import VisualGLMConfig
+from visualglm.errors import DeviceError
 from visualglm.export.decoder import add_decoder_head, add_decoder_layer
 from visualglm.export.embed_tokens import add_embed_tokens
 from visualglm.export.examples import Examples, answer_columns, text_columns
 from visualglm.export.layers import Layers, write_graph
 from visualglm.export.linear import Linear, StoredLinear, TappedLinear
 from visualglm.export.vision_encoder import add_vision_encoder
+from visualglm.memory import available_memory, gib
+from visualglm.parameters import parameter_shapes
 from visualglm.processing.layout import Layout
 
 Floats = NDArray[np.float32]
 Outputs = dict[str, Floats]
+
+# As float32, and what is mapped and packed beside that.
+_WEIGHT_BYTES = 6
+# Of each element of the widest Hessian: three copies in float64 and one in float32.
+_GPTQ_BYTES = 28
+_BASE_BYTES = 600 * 2**20
 
 
 @dataclass
@@ -39,11 +51,14 @@ class _Group:
 class LayerwiseModel:
     """A model directory in float32 on some examples, of which no more than a layer is in memory at a time.
 
-    Its graphs are written into `scratch`, each in place of the last.
+    Its graphs are written into `scratch`, each in place of the last. Raises `DeviceError` if the memory is too small;
+    `calibrates` says whether it has to do for Hessians too, and for what GPTQ makes of them.
     """
 
-    def __init__(self, directory: ModelDirectory, examples: Iterable[Examples], scratch: Path) -> None:
-        self._directory, self._text = directory, directory.config.text
+    def __init__(
+        self, directory: ModelDirectory, examples: Iterable[Examples], scratch: Path, *, calibrates: bool = False
+    ) -> None:
+        self._directory, self._text, self._calibrates = directory, directory.config.text, calibrates
         self._path = scratch / "part.onnx"
         self._groups = self._embed(examples)
         self._done = 0
@@ -65,15 +80,17 @@ class LayerwiseModel:
             self._run_layer()
         session = self._open(lambda layers: add_decoder_head(layers, self._text), StoredLinear())
         for group in self._groups:
-            yield _run(session, _answers(group))["logits"][0]
+            yield _run(session, group.hidden[answer_columns(group.layout)][None])["logits"][0]
 
     @property
     def _is_through(self) -> bool:
         return self._done == self._text.num_hidden_layers
 
     def _embed(self, examples: Iterable[Examples]) -> list[_Group]:
+        self._require_memory(0)
         session = self._open(lambda layers: add_vision_encoder(layers, self._directory.config), StoredLinear())
         encoded = [(batch.groups, _encode(session, batch.pixels)) for batch in examples]
+        self._require_memory(sum(group.layout.input_ids.size for groups, _ in encoded for group in groups))
         session = self._open(lambda layers: add_embed_tokens(layers, self._text, None), StoredLinear())
         groups = []
         for group, images in ((group, images) for groups_of, images in encoded for group in groups_of):
@@ -81,6 +98,15 @@ class LayerwiseModel:
             fill_slots(embeds, group.layout, [images[index] for index in group.scene_index if index >= 0])
             groups.append(_Group(group.layout, embeds))
         return groups
+
+    def _require_memory(self, columns: int) -> None:
+        needed = working_bytes(self._directory.config, columns, calibrates=self._calibrates)
+        available = available_memory()
+        if needed > available:
+            raise DeviceError(
+                f"Calibrating and judging take {gib(needed)} of memory, but this machine has {gib(available)} left; "
+                "close other programs, give fewer rows, or export with --method search --evaluate 0."
+            )
 
     def _run_layer(self) -> Outputs:
         """Run the next layer; returns the Hessians of its linear layers."""
@@ -98,7 +124,7 @@ class LayerwiseModel:
         session = self._open(lambda layers: add_decoder_head(layers, self._text), TappedLinear())
         sums = _MeanSquares()
         for group in self._groups:
-            outputs = _run(session, _answers(group))
+            outputs = _run(session, _taught(group))
             sums.add({name: inputs[0] for name, inputs in outputs.items() if name != "logits"})
         return sums.means()
 
@@ -107,6 +133,26 @@ class LayerwiseModel:
         self._path.with_name(f"{self._path.name}.data").unlink(missing_ok=True)
         write_graph(self._path, self._directory.tensors, linear, add)
         return open_session(self._path, Device(CPU), default_threads(self._directory.manifest.parameter_count))
+
+
+def working_bytes(config: VisualGLMConfig, columns: int, *, calibrates: bool) -> int:
+    """The memory that a `LayerwiseModel` takes for examples of so many columns, and `gptq` with its Hessians."""
+    text, parts = config.text, Counter[str]()
+    for name, shape in parameter_shapes(config).items():
+        parts[_part(name)] += prod(shape)
+    weights, hidden = _WEIGHT_BYTES * max(parts.values()), 2 * 4 * columns * text.hidden_size
+    if not calibrates:
+        return weights + hidden + _BASE_BYTES
+    hessians = 4 * (3 * text.hidden_size**2 + text.intermediate_size**2)
+    widest = max(text.hidden_size, text.intermediate_size)
+    return max(weights, _GPTQ_BYTES * widest**2) + hessians + hidden + _BASE_BYTES
+
+
+def _part(name: str) -> str:
+    """What is in memory together with the parameter of that name."""
+    if not name.startswith("text."):
+        return "vision_encoder"
+    return ".".join(name.split(".")[: 3 if name.startswith("text.layers.") else 2])
 
 
 class _MeanSquares:
@@ -128,9 +174,11 @@ class _MeanSquares:
         return self._sums
 
 
-def _answers(group: _Group) -> Floats:
-    """The columns of the answers, as one row [1, tokens, width]."""
-    return group.hidden[answer_columns(group.layout)][None]
+def _taught(group: _Group) -> Floats:
+    """The columns whose next token matters, [1, columns, width]: those of answers, and all of rows without one."""
+    answers = answer_columns(group.layout)
+    matters = np.where(answers.any(axis=1, keepdims=True), answers, text_columns(group.layout))
+    return group.hidden[matters][None]
 
 
 @computes

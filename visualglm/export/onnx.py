@@ -101,7 +101,7 @@ def _write_rounded(
     with TemporaryDirectory(dir=folder) as name:
         scratch, hessians = Path(name), None
         if source is not None and options.method == "gptq":
-            hessians = LayerwiseModel(directory, source.to_calibrate(), scratch)
+            hessians = LayerwiseModel(directory, source.to_calibrate(), scratch, calibrates=True)
             report["calibration"] = {"examples": source.name, "rows": hessians.rows}
         layers = write_graphs(folder, directory, form, Rounding(form, options.method, hessians), wrote)
         del hessians  # and the memory that it takes
