@@ -308,7 +308,7 @@ def test_quantised_checkpoints_are_refused(hf_folder: Path, tmp_path: Path) -> N
 def test_paths_and_formats_that_cannot_be(sat_archive: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         convert(tmp_path / "nothing", tmp_path / "out")
-    with pytest.raises(CheckpointError, match="is a file; give the folder"):
+    with pytest.raises(CheckpointError, match="is a file of weights; give the folder"):
         convert(sat_archive / WEIGHTS["sat"], tmp_path / "out")
     with pytest.raises(CheckpointError, match="'onnx' is unknown; give one of model, sat, hf"):
         convert(sat_archive, tmp_path / "out", to="onnx")  # type: ignore[arg-type]

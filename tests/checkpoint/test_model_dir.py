@@ -156,7 +156,7 @@ def test_no_model_directories(tmp_path: Path, directory: Path) -> None:
         open_model_directory(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match=r"model\.safetensors is a file; give the folder"):
         open_model_directory(directory / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"has no manifest\.json, so it is no model directory; make one with"):
+    with pytest.raises(CheckpointError, match="holds a folder with a checkpoint, made, and a model directory is"):
         open_model_directory(tmp_path)
 
 

@@ -58,6 +58,40 @@ def test_wrong_usage(arguments: list[str], invoke: Invoke):
     assert outcome.err.startswith("Usage: visualglm") and "Error: " in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "metavar"),
+    [
+        (["ask", "What?", "--model", ""], "DIR"),
+        (["caption", "", "--output", "out.jsonl"], "INPUT"),
+        (["caption", "rows.jsonl", "--output", ""], "FILE"),
+        (["convert", "", "out"], "SOURCE"),
+        (["convert", "model", ""], "OUT"),
+        (["export", "model", ""], "OUT"),
+        (["check", ""], "MODEL"),
+        (["bench", "--json", ""], "FILE"),
+        (["train-builtin", "recipe.yaml", ""], "OUT"),
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(
+    arguments: list[str], metavar: str, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It is what an unset variable of a script gives."""
+    monkeypatch.chdir(tmp_path)
+    error = invoke(*arguments).error
+    assert error == f"visualglm: error: The path {metavar} is empty; give one, or . for the current folder."
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_current_folder_can_be_named(
+    invoke: Invoke, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tiny_model_dir)
+    assert invoke("ask", "-q", "-m", ".", "What?", "--max-new-tokens", 2).code == 0
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    assert f"{tmp_path} is not empty" in invoke("convert", tiny_model_dir, ".").error
+
+
 def test_unknown_command_names_those_there_are(invoke: Invoke):
     assert "'draw'; the commands are ask, chat," in invoke("draw").err
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from visualglm.checkpoint.contents import Checkpoint
-from visualglm.checkpoint.files import checked_path, require_folder
+from visualglm.checkpoint.files import checked_path
 from visualglm.checkpoint.foreign_config import HF_CONFIG, SAT_CONFIG
 from visualglm.checkpoint.hf import HF, read_hf, write_hf
+from visualglm.checkpoint.instead import kind_instead, require_model_folder
 from visualglm.checkpoint.manifest import MANIFEST, Layout
 from visualglm.checkpoint.model_dir import fill_model_directory, open_model_directory, staged_checkpoint
 from visualglm.checkpoint.progress import ByteProgress, Report
@@ -103,10 +104,13 @@ def convert(
 
 
 def _recognise(source: Path) -> _Reader:
-    require_folder(source)
+    require_model_folder(source)
     for reader in _READERS:
         if (source / reader.marker).is_file():
             return reader
+    found = kind_instead(source)
+    if found:
+        raise CheckpointError(f"{source} {found[0]}, and a checkpoint is needed; {found[1]}.")
     wanted = ", ".join(f"{reader.marker} ({reader.title})" for reader in _READERS)
     raise CheckpointError(f"{source} is no checkpoint: none of {wanted} is there; give the folder that has one.")
 

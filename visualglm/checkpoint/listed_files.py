@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from visualglm.checkpoint.checks import listed
-from visualglm.checkpoint.files import file_pieces, hash_pieces, require_file, require_folder
+from visualglm.checkpoint.files import file_pieces, hash_pieces, require_file
+from visualglm.checkpoint.instead import no_manifest, require_model_folder
 from visualglm.checkpoint.manifest import MANIFEST, FileRecord, FolderKind, FolderManifest
 from visualglm.checkpoint.progress import ByteProgress, Report
 from visualglm.errors import CheckpointError
@@ -19,10 +20,10 @@ M = TypeVar("M", bound=FolderManifest)
 def open_manifest(path: Path, manifest_type: type[M]) -> M:
     """The manifest of the folder `path`, which is of that kind and lacks none of its files, though some may be cut
     short; else `CheckpointError`."""
-    require_folder(path)
+    require_model_folder(path)
     kind = manifest_type.kind
     if not (path / MANIFEST).is_file():
-        raise CheckpointError(f"{path} has no {MANIFEST}, so it is no {kind.name}; make one with `{kind.command}`.")
+        raise no_manifest(path, kind)
     manifest = manifest_type.from_file(path / MANIFEST)
     missing = [name for name in manifest.files if not (path / name).is_file()]
     if missing:

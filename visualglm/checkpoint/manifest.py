@@ -66,7 +66,7 @@ class FolderKind:
 MODEL = FolderKind(None, 1, "a model directory", "visualglm convert", "convert the checkpoint again")
 ONNX_EXPORT = FolderKind("visualglm-onnx", 1, "an ONNX export", "visualglm export", "export the model again")
 ADAPTER = FolderKind("visualglm-adapter", 1, "an adapter", "visualglm finetune", "train or convert it again")
-_TITLES = {kind.format: kind.title for kind in (MODEL, ONNX_EXPORT, ADAPTER)}
+_KINDS = {kind.format: kind for kind in (MODEL, ONNX_EXPORT, ADAPTER)}
 
 
 class FolderManifest(BaseModel):
@@ -115,11 +115,15 @@ class Manifest(FolderManifest):
 
 def _check_kind(folder: Path, values: dict[str, Any], wanted: FolderKind) -> None:
     found = values.get("format")
-    if found != wanted.format:
-        title = _TITLES.get(found) if isinstance(found, str | None) else None
+    known = _KINDS.get(found) if isinstance(found, str | None) else None
+    if known is None:
         raise CheckpointError(
-            f"{folder} is {title or 'of an unknown kind'}, and {wanted.title} is needed; "
-            f"give one made by `{wanted.command}`."
+            f"{folder} has the format {readable(str(found))}, which this program does not know; "
+            f"install a newer visualglm, or give {wanted.title} made by `{wanted.command}`."
+        )
+    if known is not wanted:
+        raise CheckpointError(
+            f"{folder} is {known.title}, and {wanted.title} is needed; give one made by `{wanted.command}`."
         )
     version = values.get("format_version")
     if isinstance(version, int) and version > wanted.version:

@@ -11,14 +11,15 @@ from typer import Argument, Exit
 
 from visualglm.checkpoint.adapter_dir import AdapterManifest, is_adapter, open_adapter, require_finite
 from visualglm.checkpoint.contents import Checkpoint
-from visualglm.checkpoint.files import file_pieces, hash_pieces, read_json_object, require_folder
+from visualglm.checkpoint.files import file_pieces, hash_pieces, read_json_object
 from visualglm.checkpoint.foreign import TOKENIZER as FOREIGN_TOKENIZER
 from visualglm.checkpoint.foreign_config import HF_CONFIG, SAT_CONFIG
 from visualglm.checkpoint.hf import read_hf
+from visualglm.checkpoint.instead import kind_instead, no_manifest, require_model_folder
 from visualglm.checkpoint.listed_files import require_size
 from visualglm.checkpoint.lite_dir import GRAPHS, LiteDirectory, LiteManifest, is_lite_directory, open_lite_directory
 from visualglm.checkpoint.lite_graphs import require_as_told
-from visualglm.checkpoint.manifest import MANIFEST, FolderManifest, Manifest
+from visualglm.checkpoint.manifest import MANIFEST, MODEL, FolderManifest, Manifest
 from visualglm.checkpoint.model_dir import CONFIG, TOKENIZER, open_model_directory, read_weights
 from visualglm.checkpoint.progress import ByteProgress
 from visualglm.checkpoint.sat import read_sat
@@ -50,9 +51,11 @@ def check(
     if is_adapter(path):
         _conclude(_check_adapter(path, Messages(quiet)))
         return
-    require_folder(path)
-    findings = Findings()
+    require_model_folder(path)
     read_foreign = _foreign_reader(path)
+    if not (read_foreign or (path / MANIFEST).exists()) and (kind_instead(path) or not (path / CONFIG).exists()):
+        raise no_manifest(path, MODEL)
+    findings = Findings()
     if read_foreign:
         _check_foreign(path, read_foreign, findings)
     else:

@@ -153,13 +153,29 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     ]
     parameters = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters]
     for parameter in parameters:
-        for given in get_args(parameter.annotation)[1:]:
-            if isinstance(given, ParameterInfo):
-                # Typer would explain how to use the command; what reads the path says it in a sentence.
-                given.readable = False
+        kind, *given = get_args(parameter.annotation) or [None]
+        if kind in (Path, Path | None):
+            _read_paths(*given)
     call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
+
+
+def _read_paths(*given: object) -> None:
+    """Let a path be read by us: Typer takes an empty one for the current folder, and explains how to use the command
+    where what reads the path says it in a sentence."""
+    for info in given:
+        if isinstance(info, ParameterInfo):
+            info.parser = _path_reader(info.metavar)
+
+
+def _path_reader(metavar: str | None) -> Callable[[str], Path]:
+    def path(text: str) -> Path:
+        if not text:
+            raise ConfigError(f"The path {metavar} is empty; give one, or . for the current folder.")
+        return Path(text)
+
+    return path
 
 
 def _options(group: Any) -> list[Parameter]:
