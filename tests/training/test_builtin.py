@@ -58,7 +58,7 @@ def test_trains_a_model_that_can_be_asked_and_resumes_to_the_same_bits(tmp_path:
         run(recipe, tmp_path / "stopped", stop_in_the_third_stage)
     run(recipe, tmp_path / "stopped")
     whole, resumed = (
-        load_checkpoint(checkpoint_folders(tmp_path / name / f"{len(recipe.stages)}-{last}")[-1]).tensors["builtin"]
+        load_checkpoint(checkpoint_folders(tmp_path / name / f"{len(recipe.stages)}-{last}")[-1]).tensors["weights"]
         for name in ("whole", "stopped")
     )
     assert whole.keys() == resumed.keys()
@@ -68,7 +68,7 @@ def test_trains_a_model_that_can_be_asked_and_resumes_to_the_same_bits(tmp_path:
 def test_only_the_parts_of_a_stage_learn(tmp_path: Path) -> None:
     run(short(read_recipe(RECIPE)), tmp_path)
     see, speak = (
-        load_checkpoint(checkpoint_folders(tmp_path / folder)[-1]).tensors["builtin"] for folder in ("2-see", "3-speak")
+        load_checkpoint(checkpoint_folders(tmp_path / folder)[-1]).tensors["weights"] for folder in ("2-see", "3-speak")
     )
     changed = {name.split(".")[1] for name in see if not torch.equal(see[name], speak[name])}
     assert changed == {"text"}

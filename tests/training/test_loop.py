@@ -3,74 +3,73 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tests.training.toy import make_trainer
 from visualglm.errors import CheckpointError, ConfigError
-from visualglm.training.checkpoints import TrainingState, checkpoint_folders, load_checkpoint, save_checkpoint
-from visualglm.training.curve import draw_curve
-from visualglm.training.loop import LoopConfig, Trainer, append_log
+from visualglm.training.checkpoints import checkpoint_folders, load_checkpoint
+from visualglm.training.loop import Trainer
+from visualglm.training.run_log import RunLog
 
 STEPS = 12
 
 
-def batches(first_step: int) -> Iterator[Tensor]:
-    for step in count(first_step):
-        yield torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
-
-
-def make_trainer(folder: Path, *, recipe: str = "a", **changes: float) -> Trainer[Tensor]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 1))
-
-    def losses(batch: Tensor) -> dict[str, Tensor]:
-        return {"fit": (model(batch)[:, 0] - batch.sum(1)).square().mean()}
-
-    options = {"total_steps": STEPS, "learning_rate": 0.05, "warmup_steps": 3, "checkpoint_every": 5, **changes}
-    config = LoopConfig(**options)  # type: ignore[arg-type]
-    return Trainer(config, {"model": model}, losses, batches, folder, {"recipe": recipe})
-
-
 def weights(trainer: Trainer[Tensor]) -> Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in trainer.parameters])
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.parameters.values()])
 
 
 def test_learns_and_keeps_the_newest_checkpoints(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path)
+    trainer = make_trainer(tmp_path, steps=40)
     reports = list(trainer.run())
     assert reports[-1].losses["fit"] < 0.5 * reports[0].losses["fit"]
-    assert [report.step for report in reports] == list(range(1, STEPS + 1))
-    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-00000010", "step-00000012"]
+    assert [report.step for report in reports] == list(range(1, 41))
+    assert [report.weight for report in reports[:2]] == [8, 7]
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-00000035", "step-00000040"]
 
 
-def test_a_resumed_run_is_bit_equal_to_one_never_stopped(tmp_path: Path) -> None:
-    whole = make_trainer(tmp_path / "whole")
+def test_a_resumed_run_is_bit_equal_to_one_never_stopped_also_with_dropout(tmp_path: Path) -> None:
+    whole = make_trainer(tmp_path / "whole", dropout=0.5)
     list(whole.run())
-    stopped = make_trainer(tmp_path / "stopped")
+    stopped = make_trainer(tmp_path / "stopped", dropout=0.5)
     list(islice(stopped.run(), 7))  # two steps after the checkpoint of step 5
-    resumed = make_trainer(tmp_path / "stopped")
+    torch.manual_seed(99)
+    resumed = make_trainer(tmp_path / "stopped", dropout=0.5)
     assert resumed.resume()
     assert resumed.step == 5
     list(resumed.run())
     assert torch.equal(weights(resumed), weights(whole))
+    assert not torch.equal(weights(resumed), weights(stopped))
+
+
+def test_batches_that_make_a_step_count_as_one(tmp_path: Path) -> None:
+    whole, split = make_trainer(tmp_path / "1"), make_trainer(tmp_path / "3", accumulation=3)
+    for one, three in zip(whole.run(), split.run(), strict=True):
+        assert three.losses["fit"] == pytest.approx(one.losses["fit"], abs=1e-6)
+        assert three.grad_norm == pytest.approx(one.grad_norm, abs=1e-5)
+    assert torch.allclose(weights(whole), weights(split), atol=1e-6, rtol=0)
+
+
+def test_what_the_user_of_the_loop_notes_comes_back(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    for report in trainer.run():
+        trainer.notes["best"] = report.step
+    resumed = make_trainer(tmp_path)
+    assert resumed.resume()
+    assert resumed.notes == {"best": STEPS}
 
 
 def test_nothing_to_resume_in_a_new_folder(tmp_path: Path) -> None:
     assert not make_trainer(tmp_path).resume()
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_recipe_is_refused_by_what_differs(tmp_path: Path) -> None:
     list(make_trainer(tmp_path).run())
-    with pytest.raises(ConfigError, match="another recipe"):
+    with pytest.raises(ConfigError, match=r"step-00000012 was written by another recipe \(recipe was a and is b\);"):
         make_trainer(tmp_path, recipe="b").resume()
 
 
@@ -80,76 +79,57 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (newest / "optimizer.safetensors").write_bytes(b"not tensors")
     with pytest.raises(CheckpointError, match=f"{newest.name} is damaged"):
         make_trainer(tmp_path).resume()
+    (newest / "optimizer.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=f"{newest.name} is damaged .optimizer.safetensors is missing"):
+        make_trainer(tmp_path).resume()
 
 
-def test_gradients_are_clipped_and_steps_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_steps_that_are_not_finite_are_left_out_and_counted(tmp_path: Path, scaled: bool) -> None:
+    trainer = make_trainer(tmp_path, scaled=scaled)
     before = weights(trainer)
-    trainer.batches = lambda first_step: iter([torch.full((8, 4), float("inf"))] * STEPS)
+    object.__setattr__(trainer.task, "batches", lambda first_step: iter([[torch.full((8, 4), float("inf"))]] * STEPS))
     reports = list(trainer.run())
     assert all(report.skipped for report in reports)
     assert trainer.skipped_steps == STEPS
     assert torch.equal(weights(trainer), before)
+    assert trainer.scaler.get_scale() == (65536 / 2**STEPS if scaled else 1)
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
-    script = f"""
-import resource, sys
-import torch
-from pathlib import Path
-from visualglm.errors import CheckpointError
-from visualglm.training.checkpoints import TrainingState, save_checkpoint
-folder = Path({str(tmp_path)!r})
-save_checkpoint(folder, TrainingState(1, {{"model": {{"w": torch.ones(10)}}}}, {{}}))
-resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-try:
-    save_checkpoint(folder, TrainingState(2, {{"model": {{"w": torch.ones(100_000)}}}}, {{}}))
-except CheckpointError as error:
-    sys.exit(str(error))
-"""
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert run.returncode == 1
-    assert "step-00000002 could not be written" in run.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    assert torch.equal(load_checkpoint(tmp_path / "step-00000001").tensors["model"]["w"], torch.ones(10))
+def test_the_scale_of_losses_changes_nothing_and_is_kept(tmp_path: Path) -> None:
+    plain, scaled = make_trainer(tmp_path / "plain"), make_trainer(tmp_path / "scaled", scaled=True)
+    list(plain.run())
+    list(scaled.run())
+    assert torch.allclose(weights(plain), weights(scaled), atol=1e-6, rtol=0)
+    assert load_checkpoint(tmp_path / "scaled" / "step-00000012").values["scaler"]["scale"] == 65536
 
 
-def test_kill_minus_nine_leaves_only_whole_checkpoints(tmp_path: Path) -> None:
-    script = f"""
-import torch
-from itertools import count
-from pathlib import Path
-from visualglm.training.checkpoints import TrainingState, save_checkpoint
-for step in count(1):
-    state = TrainingState(step, {{"model": {{"w": torch.full((200_000,), float(step))}}}}, {{}})
-    save_checkpoint(Path({str(tmp_path)!r}), state)
-    print(step, flush=True)
-"""
-    for attempt in range(3):
-        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-        if process.stdout is None:
-            raise AssertionError
-        for _ in range(3 + attempt):
-            process.stdout.readline()
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        for folder in checkpoint_folders(tmp_path):
-            state = load_checkpoint(folder)
-            assert torch.equal(state.tensors["model"]["w"], torch.full((200_000,), float(state.step)))
-
-
-def test_state_round_trips(tmp_path: Path) -> None:
-    state = TrainingState(3, {"model": {"w": torch.arange(6.0).view(2, 3)}}, {"note": "x"})
-    loaded = load_checkpoint(save_checkpoint(tmp_path, state))
-    assert (loaded.step, loaded.values) == (3, {"note": "x"})
-    assert torch.equal(loaded.tensors["model"]["w"], state.tensors["model"]["w"])
+def test_evaluation_learns_nothing_and_draws_nothing(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, dropout=0.5)
+    before, drawn = weights(trainer), torch.get_rng_state()
+    rows = torch.ones(6, 4)
+    together = trainer.evaluate([[rows]])
+    assert trainer.evaluate([[rows[:1]], [rows[1:3], rows[3:]]]) == pytest.approx(together)
+    assert trainer.evaluate([]) == {}
+    assert torch.equal(weights(trainer), before)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert trainer.task.module.training
 
 
 def test_log_and_curve(tmp_path: Path) -> None:
-    log = tmp_path / "log.jsonl"
+    log = RunLog(tmp_path / "log.jsonl", tmp_path / "curve.png", title="a run", events=tmp_path / "runs")
     for report in make_trainer(tmp_path / "run").run():
-        append_log(log, report)
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+        log.append(report, {"fit": 1.0} if report.step % 4 == 0 else None)
+    log.close()
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    draw_curve(log, tmp_path / "curve.png", title="a run")
+    assert [row["step"] for row in rows if "validation" in row] == [4, 8, 12]
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "runs").glob("events.out.tfevents.*"))
+
+
+def test_a_log_is_cut_back_to_the_checkpoint_a_run_goes_on_from(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 5, "losses": {}}\n{"step": 6, "losses": {}}\n{"step": 7, "los')
+    RunLog(path, tmp_path / "curve.png", title="a run", first_step=5)
+    assert path.read_text() == '{"step": 5, "losses": {}}\n'

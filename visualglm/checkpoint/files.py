@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ if sys.platform != "win32":
     import fcntl
 
 _LONGEST_NAME = 100
+_LOCK_POLL_SECONDS = 0.1
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -146,7 +148,7 @@ def staged_folder(
     _check_space(output.parent, needed_bytes)
     partial = output.with_name(f".{output.name}.partial")
     try:
-        with _locked_folder(partial):
+        with locked_folder(partial):
             try:
                 _clear(partial)
                 yield partial
@@ -191,10 +193,11 @@ def _check_space(folder: Path, needed_bytes: int) -> None:
 
 
 @contextmanager
-def _locked_folder(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
     """Create `folder` if need be, and hold it against other processes as long as this one lives.
 
-    Where the file system has no locks, two processes at once go unnoticed.
+    Raises `CheckpointError` if another one holds it, also after `patience` seconds. Where the file system has no locks,
+    two processes at once go unnoticed.
     """
     folder.mkdir(exist_ok=True)
     if sys.platform == "win32":
@@ -203,7 +206,7 @@ def _locked_folder(folder: Path) -> Iterator[None]:
     # Whatever a link points to is not ours to clear.
     descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
     try:
-        _lock(descriptor, folder)
+        _lock(descriptor, folder, time.monotonic() + patience)
         yield
     finally:
         os.close(descriptor)
@@ -230,8 +233,10 @@ def waiting_lock(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, folder: Path) -> None:
+def _lock(descriptor: int, folder: Path, deadline: float) -> None:
     try:
+        while not _is_taken(descriptor) and time.monotonic() < deadline:
+            time.sleep(_LOCK_POLL_SECONDS)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         message = f"Another process is writing {folder}; wait for it, or give another folder."
@@ -239,6 +244,15 @@ def _lock(descriptor: int, folder: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+
+
+def _is_taken(descriptor: int) -> bool:
+    """Whether the lock is this process's now."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _clear(folder: Path) -> None:

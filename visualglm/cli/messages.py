@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -26,6 +27,8 @@ from visualglm.cli.output import harmless, print_note
 
 Report = Callable[[int, int], None]
 """Called with what is done and with what there is in all."""
+NotedReport = Callable[[int, int, str], None]
+"""The same, with a note such as the loss."""
 
 # What is read by programs is not to be wrapped.
 _UNWRAPPED = 10_000
@@ -64,39 +67,58 @@ class Messages:
         """Shows how many steps are done, how fast, and how long the rest takes."""
         return self._progress(title, MofNCompleteColumn(), _PerSecond("steps"))
 
+    def noted_progress(self, title: str) -> AbstractContextManager[NotedReport]:
+        """Shows the same, and what is told with each step."""
+        return self._noted_progress(title, MofNCompleteColumn(), _PerSecond("steps"))
+
+    def show_table(self, rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
+        """A table among the notes."""
+        for line in _table_lines(rows, header, sys.stderr):
+            self.tell(line)
+
     @contextmanager
     def _progress(self, title: str, *columns: ProgressColumn) -> Iterator[Report]:
+        with self._noted_progress(title, *columns) as report:
+            yield lambda done, total: report(done, total, "")
+
+    @contextmanager
+    def _noted_progress(self, title: str, *columns: ProgressColumn) -> Iterator[NotedReport]:
         console = Console(stderr=True)
         if not console.is_terminal:
             yield self._report_in_lines(title)
             return
-        shown = (TextColumn(title), BarColumn(), *columns, TextColumn("left:"), TimeRemainingColumn())
+        note = TextColumn("{task.fields[note]}", markup=False)
+        shown = (TextColumn(title), BarColumn(), *columns, TextColumn("left:"), TimeRemainingColumn(), note)
         with Progress(*shown, console=console, disable=self._quiet, transient=True) as progress:
-            task = progress.add_task(title, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
+            task = progress.add_task(title, total=None, note="")
+            yield lambda done, total, note: progress.update(task, completed=done, total=total, note=note)
 
-    def _report_in_lines(self, title: str) -> Report:
+    def _report_in_lines(self, title: str) -> NotedReport:
         """For a log file: a line now and then."""
         told = time.monotonic()
 
-        def report(done: int, total: int) -> None:
+        def report(done: int, total: int, note: str) -> None:
             nonlocal told
             if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
                 told = time.monotonic()
-                self.tell(f"{title}: {done:,} of {total:,}")
+                self.tell(f"{title}: {done:,} of {total:,}{', ' if note else ''}{note}")
 
         return report
 
 
 def print_table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
     """A table on stdout, each cell shown as it stands."""
-    console = Console(markup=False, highlight=False, emoji=False)
+    for line in _table_lines(rows, header, sys.stdout):
+        print(line)
+
+
+def _table_lines(rows: Iterable[Sequence[str]], header: Sequence[str], stream: TextIO) -> list[str]:
+    console = Console(file=stream, markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = _UNWRAPPED
     table = Table(*header, box=None, show_header=bool(header), pad_edge=False)
     for row in rows:
-        table.add_row(*(harmless(cell, sys.stdout) for cell in row))
+        table.add_row(*(harmless(cell, stream) for cell in row))
     with console.capture() as captured:
         console.print(table)
-    for line in captured.get().splitlines():
-        print(line.rstrip())
+    return [line.rstrip() for line in captured.get().splitlines()]

@@ -12,7 +12,7 @@ from visualglm.cli.options import Quiet
 from visualglm.errors import ConfigError
 
 # What the extra "train" adds.
-_NEEDED = ("yaml", "matplotlib", "torch")
+_NEEDED = ("yaml", "matplotlib", "torch", "accelerate", "tensorboard")
 
 
 def train_builtin(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -12,7 +11,7 @@ import torch
 import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from visualglm.backends.torch.joined import VisualGLMModel
@@ -23,13 +22,27 @@ from visualglm.processing.tokenizer import Tokenizer
 from visualglm.scenes.dataset import BatchPlan, Rows, SceneBatch, SceneBatches, sample_pixels
 from visualglm.scenes.teacher import SceneTeacher
 from visualglm.scenes.vocabulary import train_tokenizer
-from visualglm.training.curve import draw_curve
+from visualglm.training.distributed import Processes, join_processes
 from visualglm.training.initialize import initialize
-from visualglm.training.loop import LoopConfig, StepReport, Trainer, append_log, share_parameters
+from visualglm.training.loop import LoopConfig, Task, Trainer
 from visualglm.training.publish import publish
+from visualglm.training.run_log import RunLog
+from visualglm.training.schedule import warmup_cosine
 
 Part = Literal["vision", "qformer", "projection", "text", "teacher"]
 LICENSE = "The built-in model was trained by this project on scenes it draws itself; Apache-2.0, like the code.\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageLoop(LoopConfig):
+    """How long and how fast a stage trains."""
+
+    learning_rate: float
+    warmup_steps: int = 100
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, which counts from 0."""
+        return self.learning_rate * warmup_cosine(step, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
 
 
 class Stage(BaseModel):
@@ -40,7 +53,7 @@ class Stage(BaseModel):
     name: str
     learns: tuple[Part, ...]
     batches: BatchPlan
-    loop: LoopConfig
+    loop: StageLoop
 
 
 class BuiltinRecipe(BaseModel):
@@ -52,19 +65,6 @@ class BuiltinRecipe(BaseModel):
     vocab_size: int
     seed: int
     stages: tuple[Stage, ...]
-
-
-@dataclass(frozen=True)
-class Process:
-    """One of the processes that train together, and its device."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
 
 
 def read_recipe(path: Path) -> BuiltinRecipe:
@@ -92,7 +92,7 @@ class Builtin(nn.Module):
         for part in parts:
             (self.teacher if part == "teacher" else getattr(self.model, part)).requires_grad_(True)
 
-    def compute_losses(self, batch: SceneBatch) -> dict[str, Tensor]:
+    def forward(self, batch: SceneBatch) -> dict[str, Tensor]:
         """What the teacher says of the eye, while it learns, and of the answers where the batch has some."""
         eye_learns = self.model.vision.class_token.requires_grad
         with torch.set_grad_enabled(eye_learns):
@@ -142,22 +142,36 @@ def train(
 
     Under torchrun the processes share the work; only the first writes, and only it returns the path.
     """
-    process = _join_processes(device)
+    processes = join_processes(device)
     output.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(recipe, output, process)
-    builtin = Builtin(recipe).to(process.device)
-    share_parameters(builtin)
+    tokenizer = _tokenizer(recipe, output, processes)
+    builtin = Builtin(recipe).to(processes.device)
     done, total = 0, sum(stage.loop.total_steps for stage in recipe.stages)
     for index, stage in enumerate(recipe.stages):
         builtin.learn(stage.learns)
-        trainer = _stage_trainer(recipe, index, builtin, tokenizer, output, process, workers)
+        trainer = _stage_trainer(recipe, index, builtin, tokenizer, output, processes, workers)
         if trainer.resume():
             tell(f"stage {stage.name}: going on from step {trainer.step}")
-        for step in trainer.run():
-            _log(step, stage, output, process)
-            report(done + step.step, total)
+        _run_stage(trainer, stage, output, lambda step, before=done: report(before + step, total))  # type: ignore[misc]
         done += stage.loop.total_steps
-    return _finish(builtin, recipe, tokenizer, output) if process.is_first else None
+    is_first = processes.is_first
+    processes.leave()
+    return _finish(builtin, recipe, tokenizer, output) if is_first else None
+
+
+def _run_stage(trainer: Trainer[SceneBatch], stage: Stage, output: Path, report: Callable[[int], None]) -> None:
+    log = None
+    if trainer.processes.is_first:
+        paths = (output / f"{stage.name}.{suffix}" for suffix in ("jsonl", "png"))
+        log = RunLog(*paths, title=f"{output.name}: {stage.name}", first_step=trainer.step)
+    for step in trainer.run():
+        if log is not None and step.step % stage.loop.log_every == 0:
+            log.append(step)
+        if log is not None and step.step % stage.loop.checkpoint_every == 0:
+            log.draw()
+        report(step.step)
+    if log is not None:
+        log.close()
 
 
 def _stage_trainer(
@@ -166,60 +180,46 @@ def _stage_trainer(
     builtin: Builtin,
     tokenizer: Tokenizer,
     output: Path,
-    process: Process,
+    processes: Processes,
     workers: int,
 ) -> Trainer[SceneBatch]:
     stage = recipe.stages[index]
     data = SceneBatches(recipe.model, tokenizer, stage.batches, seed=recipe.seed + 1000 * index)
 
-    def batches(first_step: int) -> Iterable[SceneBatch]:
-        world_size = process.world_size
-        mine = range(first_step * world_size + process.rank, stage.loop.total_steps * world_size, world_size)
-        return DataLoader(
+    def batches(first_step: int) -> Iterator[Sequence[SceneBatch]]:
+        world_size = processes.world_size
+        mine = range(first_step * world_size + processes.rank, stage.loop.total_steps * world_size, world_size)
+        loader = DataLoader(
             cast("Dataset[SceneBatch]", data),
             batch_size=None,
             sampler=mine,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
         )
+        return ([batch] for batch in loader)
 
     fingerprint = {
         **recipe.model_dump(mode="json", include={"model", "vocab_size", "seed"}),
         "stages": [earlier.model_dump(mode="json") for earlier in recipe.stages[: index + 1]],
-        "world_size": process.world_size,
+        "processes": processes.world_size,
     }
-    folder = output / f"{index + 1}-{stage.name}"
-    return Trainer(
-        stage.loop, {"builtin": builtin}, builtin.compute_losses, batches, folder, fingerprint, saves=process.is_first
+    task = Task(
+        builtin,
+        lambda module, batch: module(batch),
+        lambda batch: 1.0,  # the losses are means already, of equally many scenes
+        batches,
+        stage.loop.rate,
+        kept=builtin.state_dict(),
     )
+    return Trainer(stage.loop, task, processes, output / f"{index + 1}-{stage.name}", fingerprint)
 
 
-def _join_processes(device: str) -> Process:
-    """Meets the processes that torchrun started; alone without it."""
-    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_cuda else torch.device("cpu")
-    if world_size > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if on_cuda else "gloo")
-    return Process(rank, world_size, chosen)
-
-
-def _tokenizer(recipe: BuiltinRecipe, output: Path, process: Process) -> Tokenizer:
+def _tokenizer(recipe: BuiltinRecipe, output: Path, processes: Processes) -> Tokenizer:
     path = output / "tokenizer.model"
-    if process.is_first and not path.is_file():
+    if processes.is_first and not path.is_file():
         train_tokenizer(path, vocab_size=recipe.vocab_size)
-    if process.world_size > 1:
-        distributed.barrier()
+    processes.wait()
     return Tokenizer.for_model(path, recipe.model.text)
-
-
-def _log(step: StepReport, stage: Stage, output: Path, process: Process) -> None:
-    if not process.is_first or step.step % stage.loop.log_every:
-        return
-    log = output / f"{stage.name}.jsonl"
-    append_log(log, step)
-    if step.step % stage.loop.checkpoint_every == 0 or step.step == stage.loop.total_steps:
-        draw_curve(log, output / f"{stage.name}.png", title=f"{output.name}: {stage.name}")
 
 
 def _finish(builtin: Builtin, recipe: BuiltinRecipe, tokenizer: Tokenizer, output: Path) -> Path:

@@ -6,12 +6,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,42 +18,56 @@ from torch import Tensor
 from visualglm.errors import CheckpointError
 
 _NAME = re.compile(r"step-(\d{8})")
+_OWN = re.compile(r"(.+)-of-rank-(\d+)")
+_STATE = "state.json"
+
+Groups = Mapping[str, Mapping[str, Tensor]]
+"""Named groups of named tensors, each group a file."""
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a run needs to go on as if it had never stopped: named groups of tensors, and plain values."""
+    """What a run needs to go on as if it had never stopped.
+
+    tensors: what all processes have alike, or the first one alone. own: what each process has for itself.
+    values: whatever JSON can hold.
+    """
 
     step: int
-    tensors: Mapping[str, Mapping[str, Tensor]]
+    tensors: Groups
     values: Mapping[str, Any]
+    own: Groups = field(default_factory=dict)
 
 
-def save_checkpoint(folder: Path, state: TrainingState, *, keep: int = 2) -> Path:
-    """Write `folder/step-NNNNNNNN`, remove all but the newest `keep`; `CheckpointError` if the disk is full."""
+def save_checkpoint(
+    folder: Path, state: TrainingState, *, keep: int = 2, rank: int = 0, wait: Callable[[], None] = lambda: None
+) -> Path:
+    """Write `folder/step-NNNNNNNN`, remove all but the newest `keep`; `CheckpointError` if the disk is full.
+
+    All processes of a run call it with their `rank` and a `wait` that returns when all are there.
+    """
     final = folder / f"step-{state.step:08d}"
     beside = folder / f".{final.name}.part"
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        for group, tensors in state.tensors.items():
-            save_file(
-                {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
-                beside / f"{group}.safetensors",
-            )
-        (beside / "state.json").write_text(json.dumps({"step": state.step, **state.values}), "utf-8")
-        for path in beside.iterdir():
-            _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(beside, final)
-        _sync(folder)
+        if rank == 0:
+            _clear_hidden(folder)
+            beside.mkdir(parents=True)
+        wait()
+        own = {f"{group}-of-rank-{rank}": tensors for group, tensors in state.own.items()}
+        for group, tensors in ({**state.tensors, **own} if rank == 0 else own).items():
+            _write(beside / f"{group}.safetensors", tensors)
+        wait()
+        if rank == 0:
+            _finish(beside, final, state)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        if rank == 0:
+            shutil.rmtree(beside, ignore_errors=True)
         raise CheckpointError(
             f"The checkpoint {final} could not be written ({error}); free some space and resume from the one before it."
         ) from error
-    for old in checkpoint_folders(folder)[:-keep]:
-        shutil.rmtree(old)
+    if rank == 0:
+        for old in checkpoint_folders(folder)[:-keep]:
+            _remove(old)
     return final
 
 
@@ -63,31 +76,67 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
 
 
-def load_checkpoint(path: Path) -> TrainingState:
-    """Read one checkpoint. Raises `CheckpointError` if a file is damaged."""
+def read_values(path: Path) -> dict[str, Any]:
+    """The values of a checkpoint, and its `step`; raises `CheckpointError` if it is damaged."""
     try:
-        values = json.loads((path / "state.json").read_text("utf-8"))
-        tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-        return TrainingState(int(values.pop("step")), tensors, values)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(
-            f"The checkpoint {path} is damaged ({error}); remove it to resume from an older one."
-        ) from error
+        values = json.loads((path / _STATE).read_text("utf-8"))
+        missing = [name for name in values.pop("files") if not (path / name).is_file()]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
+        return {**values, "step": int(values["step"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from error
 
 
-def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's per-parameter tensors under flat names, `index.name`."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value for index, slots in state.items() for name, value in slots.items()}
+def load_checkpoint(path: Path, rank: int = 0) -> TrainingState:
+    """Read one checkpoint, as the process `rank` needs it. Raises `CheckpointError` if a file is damaged."""
+    values = read_values(path)
+    tensors: dict[str, Mapping[str, Tensor]] = {}
+    own: dict[str, Mapping[str, Tensor]] = {}
+    try:
+        for file in sorted(path.glob("*.safetensors")):
+            belongs = _OWN.fullmatch(file.stem)
+            if belongs is None:
+                tensors[file.stem] = load_file(file)
+            elif int(belongs[2]) == rank:
+                own[belongs[1]] = load_file(file)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+    return TrainingState(values.pop("step"), tensors, values, own)
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `flatten_optimizer` took."""
-    slots: dict[int, dict[str, Tensor]] = {}
-    for flat, value in tensors.items():
-        index, name = flat.split(".", 1)
-        slots.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    _sync(path)
+
+
+def _finish(beside: Path, final: Path, state: TrainingState) -> None:
+    files = sorted(path.name for path in beside.iterdir())
+    state_file = beside / _STATE
+    state_file.write_text(json.dumps({"step": state.step, "files": files, **state.values}), "utf-8")
+    _sync(state_file)
+    _sync(beside)
+    if final.exists():
+        _remove(final)
+    os.replace(beside, final)
+    _sync(final.parent)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Not under its name: half of a checkpoint must never look like one."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+    os.replace(checkpoint, hidden)
+    shutil.rmtree(hidden)
+
+
+def _clear_hidden(folder: Path) -> None:
+    """What a process that was killed has left."""
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"The checkpoint {path} is damaged ({error}); remove it to resume from an older one.")
 
 
 def _sync(path: Path) -> None:

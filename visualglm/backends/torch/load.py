@@ -29,7 +29,7 @@ def load_torch_backend(directory: ModelDirectory, device: str = "auto", dtype: s
     """
     target = choose_device(device)
     precision = choose_dtype(dtype, directory.config, target)
-    require_memory(estimate_memory(directory.config, precision), _memory_of(target), str(target))
+    require_memory(estimate_memory(directory.config, precision), memory_of(target), str(target))
     if precision == "float32" and target.type == "cuda":
         # By default convolutions, unlike matrix products, are rounded to 10 bits there: not what float32 is asked for.
         torch.backends.cudnn.allow_tf32 = False
@@ -79,7 +79,8 @@ def mapped_tensor(stored: StoredTensor) -> Tensor:
     return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if is_bits else torch.from_numpy(array)
 
 
-def _memory_of(device: torch.device) -> int:
+def memory_of(device: torch.device) -> int:
+    """Bytes that can still be had on `device`."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)

@@ -1,0 +1,106 @@
+"""Two processes are as one, and when one of them dies the run ends soon and says which."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.training.toy import make_trainer
+from visualglm.errors import ConfigError, DeviceError
+from visualglm.training.checkpoints import checkpoint_folders, load_checkpoint
+from visualglm.training.launch import launch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def toy(folder: Path, *arguments: str) -> list[str]:
+    return ["-m", "tests.training.toy", str(folder), *arguments]
+
+
+def final(folder: Path, rank: int = 0) -> dict[str, Tensor]:
+    state = load_checkpoint(checkpoint_folders(folder)[-1], rank)
+    return dict({**state.tensors, **state.own}["weights"])
+
+
+def test_two_processes_resume_to_the_same_bits(tmp_path: Path) -> None:
+    assert launch(toy(tmp_path / "whole", "8"), 2) == 0
+    with pytest.raises(DeviceError, match="was killed by signal 9"):
+        launch(toy(tmp_path / "cut", "12", "killed"), 2)
+    assert checkpoint_folders(tmp_path / "cut") == []
+    assert launch(toy(tmp_path / "cut", "8"), 2) == 0
+    for path in checkpoint_folders(tmp_path / "cut")[1:]:
+        path.rename(tmp_path / "gone")  # step 8: to go on from step 5
+    assert launch(toy(tmp_path / "cut", "8"), 2) == 0
+    whole, resumed = final(tmp_path / "whole"), final(tmp_path / "cut")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_run_of_two_processes_is_not_resumed_by_one(tmp_path: Path) -> None:
+    assert launch(toy(tmp_path, "5"), 2) == 0
+    with pytest.raises(ConfigError, match="was written by 2 processes, and there are 1 now; resume with as many"):
+        make_trainer(tmp_path).resume()
+
+
+def test_shards_are_put_back_where_they_were(tmp_path: Path) -> None:
+    assert launch(toy(tmp_path, "8", "shard"), 2) == 0
+    whole = [final(tmp_path, rank) for rank in range(2)]
+    assert whole[0]["layers.0.weight"].shape == (5, 4)
+    assert whole[1]["layers.0.weight"].shape == (4, 4)
+    checkpoint_folders(tmp_path)[-1].rename(tmp_path / "gone")
+    assert launch(toy(tmp_path, "8", "shard"), 2) == 0
+    for rank in range(2):
+        again = final(tmp_path, rank)
+        assert all(torch.equal(again[name], whole[rank][name]) for name in again)
+
+
+@pytest.mark.parametrize(
+    ("mishap", "sentence"),
+    [
+        ("killed", "Process 1 of 2 was killed by signal 9 (Killed); the others were stopped, and --resume goes on"),
+        ("fails", "Process 1 of 2 failed: rows.jsonl, line 7 is gone; the others were stopped"),
+    ],
+)
+def test_the_process_that_died_is_named_and_the_others_stop(tmp_path: Path, mishap: str, sentence: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(DeviceError, match=re.escape(sentence)):
+        launch(toy(tmp_path, "1000000", mishap), 2)
+    assert time.monotonic() - started < 60
+
+
+def test_processes_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    script = f"from visualglm.training.launch import launch; launch({toy(tmp_path, '9', 'alone')!r}, 2)"
+    launcher = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "MARK": str(mark)})
+    while not mark.exists():
+        time.sleep(0.05)
+    children = _children_of(launcher.pid)
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    deadline = time.monotonic() + 10
+    while any(_is_alive(child) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(children) == 2
+
+
+def _children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _is_alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"

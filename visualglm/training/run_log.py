@@ -1,0 +1,73 @@
+"""What a run tells while it goes on: a JSON line a logged step, TensorBoard's events, and the curve as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from visualglm.training.curve import draw_curve
+from visualglm.training.loop import StepReport
+
+
+class RunLog:
+    """The log of one run. What a run that was cut off wrote after the checkpoint it goes on from is dropped.
+
+    events: the folder of TensorBoard's events; None for none of them.
+    """
+
+    def __init__(
+        self, path: Path, picture: Path, *, title: str, events: Path | None = None, first_step: int = 0
+    ) -> None:
+        self.path = path
+        self.picture = picture
+        self.title = title
+        self._drop_after(first_step)
+        self._writer = SummaryWriter(str(events), purge_step=first_step + 1) if events else None
+
+    def append(self, report: StepReport, validation: Mapping[str, float] | None = None) -> None:
+        """One line for a step; `validation` are the losses of rows that are not trained on."""
+        # JSON has no name for what is not finite.
+        norm = report.grad_norm if isfinite(report.grad_norm) else None
+        row: dict[str, Any] = (
+            vars(report) | {"grad_norm": norm} | ({"validation": dict(validation)} if validation else {})
+        )
+        with self.path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(row) + "\n")
+        if self._writer is None:
+            return
+        scalars = {f"train/{name}": loss for name, loss in report.losses.items()}
+        scalars |= {f"validation/{name}": loss for name, loss in (validation or {}).items()}
+        scalars |= {"learning_rate": report.learning_rate, "gradient_norm": report.grad_norm}
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, report.step)
+
+    def draw(self) -> None:
+        """The picture of all that was logged so far."""
+        if self._writer is not None:
+            self._writer.flush()
+        if self.path.is_file():
+            draw_curve(self.path, self.picture, title=self.title)
+
+    def close(self) -> None:
+        self.draw()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _drop_after(self, step: int) -> None:
+        """The line that a process was writing when it was killed may be cut short."""
+        if not self.path.is_file():
+            return
+        kept = [line for line in self.path.read_text("utf-8").splitlines(keepends=True) if _is_until(line, step)]
+        self.path.write_text("".join(kept), "utf-8")
+
+
+def _is_until(line: str, step: int) -> bool:
+    try:
+        return int(json.loads(line)["step"]) <= step
+    except (ValueError, KeyError, TypeError):
+        return False
