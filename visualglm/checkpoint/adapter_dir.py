@@ -33,7 +33,15 @@ from visualglm.checkpoint.model_dir import ModelDirectory
 from visualglm.checkpoint.peft_config import LoraSettings, read_lora_settings
 from visualglm.checkpoint.replaceable import require_replaceable_as
 from visualglm.checkpoint.safetensors_file import read_safetensors, safetensors_pieces
-from visualglm.checkpoint.tensors import WEIGHT_DTYPES, LazyTensor, Piece, StoredTensor, as_float32, tensor_bytes
+from visualglm.checkpoint.tensors import (
+    WEIGHT_DTYPES,
+    LazyTensor,
+    Piece,
+    StoredTensor,
+    as_float32,
+    row_blocks,
+    tensor_bytes,
+)
 from visualglm.config import VisualGLMConfig
 from visualglm.errors import CheckpointError
 from visualglm.parameters import parameter_shapes, prefix_name
@@ -209,7 +217,9 @@ def require_base(adapter: AdapterDirectory, directory: ModelDirectory) -> None:
 def require_finite(adapter: AdapterDirectory) -> None:
     """Raises `CheckpointError` that names the first tensor with a value that is no finite number."""
     for name, tensor in adapter.tensors.items():
-        if not np.isfinite(as_float32(tensor.array(), tensor.dtype)).all():
+        # Mapped anew for each part of it: what was read of a mapping stays in memory as long as that lives.
+        parts = (as_float32(tensor.array()[rows], tensor.dtype) for rows in row_blocks(tensor.shape))
+        if not all(np.isfinite(part).all() for part in parts):
             raise CheckpointError(
                 f"The tensor {readable(name)} of the adapter {adapter.path} holds values that are not finite numbers; "
                 "use an earlier checkpoint of the training."
@@ -278,9 +288,15 @@ def _pair_faults(module: str, pair: Mapping[str, StoredTensor], rank: int) -> It
 
 def _read_floats(path: Path) -> dict[str, StoredTensor]:
     tensors = read_safetensors(path)
-    others = [f"{name} is {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in WEIGHT_DTYPES]
+    others = [
+        f"{name} is {tensor.dtype} {list(tensor.shape)}"
+        for name, tensor in tensors.items()
+        if tensor.dtype not in WEIGHT_DTYPES or not tensor.shape
+    ]
     if others:
-        raise CheckpointError(f"{path} may hold {', '.join(WEIGHT_DTYPES)} only: {listed(others)}; get it again.")
+        raise CheckpointError(
+            f"{path} may hold arrays of {', '.join(WEIGHT_DTYPES)} only: {listed(others)}; get it again."
+        )
     return tensors
 
 

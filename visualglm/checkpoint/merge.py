@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,9 @@ from visualglm.checkpoint.model_dir import (
     staged_checkpoint,
 )
 from visualglm.checkpoint.progress import ByteProgress, Report
-from visualglm.checkpoint.tensors import NUMPY_DTYPES, LazyTensor, Piece, Tensor, as_float32, rounded, row_blocks
+from visualglm.checkpoint.tensors import RowTensor, Tensor, as_float32, rounded, row_blocks
 from visualglm.config import DType
 from visualglm.errors import CheckpointError
-from visualglm.parameters import Shape
 
 # Half a unit in the last place of a number near 1, and the smallest number there is.
 _ROUNDING: Mapping[str, tuple[float, float]] = {
@@ -46,40 +44,6 @@ class MergedDirectory(ModelDirectory):
     def fingerprint(self) -> str:
         """Of both."""
         return fingerprint_of_both(self.manifest.fingerprint, self.adapter)
-
-
-@dataclass(frozen=True)
-class MergedTensor:
-    """weight + scale * b @ a, [out, in], added up in float64 and rounded to `dtype`."""
-
-    name: str
-    weight: Tensor
-    pair: LoraPair
-    dtype: str = "float32"
-
-    @property
-    def shape(self) -> Shape:
-        return self.weight.shape
-
-    def array(self) -> NDArray[Any]:
-        """See `Tensor`; raises `CheckpointError` for a sum that is too large for the type."""
-        merged = np.empty(self.shape, NUMPY_DTYPES[self.dtype])
-        for rows in row_blocks(self.shape):
-            merged[rows] = self._rows(rows)
-        return merged
-
-    def pieces(self) -> Iterator[Piece]:
-        """See `Tensor`; no more than some rows are in memory."""
-        for rows in row_blocks(self.shape):
-            yield self._rows(rows).reshape(-1).view(np.uint8).data
-
-    def regrouped(self, groups: Shape, axes: Shape) -> LazyTensor:
-        """See `Tensor`."""
-        return LazyTensor(self.dtype, self.shape, self.array).regrouped(groups, axes)
-
-    def _rows(self, rows: slice) -> NDArray[Any]:
-        weight, a, b = _float64(self.weight, rows), _float64(self.pair.a), _float64(self.pair.b, rows)
-        return _rounded(weight + self.pair.scale * (b @ a), self.dtype, self.name)
 
 
 @dataclass(frozen=True)
@@ -121,7 +85,7 @@ def merged(directory: ModelDirectory, adapter: AdapterDirectory, dtype: DType | 
     tensors = dict(directory.tensors)
     for module, pair in adapter.lora.items():
         name = f"{module}.weight"
-        tensors[name] = MergedTensor(name, tensors[name], pair, dtype or tensors[name].dtype)
+        tensors[name] = _merged_tensor(name, tensors[name], pair, dtype or tensors[name].dtype)
     for name, tensor in adapter.trained.items():
         tensors[name] = _in_type(name, tensor, dtype or tensors[name].dtype)
     facts = {field.name: getattr(directory, field.name) for field in fields(ModelDirectory)}
@@ -197,15 +161,20 @@ def _deviation(base: Tensor, pair: LoraPair, written: Tensor, x: NDArray[np.floa
     return off / largest if largest else 0.0
 
 
+def _merged_tensor(name: str, weight: Tensor, pair: LoraPair, dtype: str) -> RowTensor:
+    """weight + scale * b @ a, [out, in], added up in float64."""
+
+    def rows(part: slice) -> NDArray[Any]:
+        delta = _float64(pair.b, part) @ _float64(pair.a)
+        return _rounded(_float64(weight, part) + pair.scale * delta, dtype, name)
+
+    return RowTensor(dtype, weight.shape, rows)
+
+
 def _in_type(name: str, tensor: Tensor, dtype: str) -> Tensor:
     if tensor.dtype == dtype:
         return tensor
-    convert: Callable[[], NDArray[Any]] = partial(_converted, name, tensor, dtype)
-    return LazyTensor(dtype, tensor.shape, convert)
-
-
-def _converted(name: str, tensor: Tensor, dtype: str) -> NDArray[Any]:
-    return _rounded(as_float32(tensor.array(), tensor.dtype), dtype, name)
+    return RowTensor(dtype, tensor.shape, lambda part: _rounded(_float64(tensor, part), dtype, name))
 
 
 def _float64(tensor: Tensor, rows: slice = slice(None)) -> NDArray[np.float64]:
@@ -216,5 +185,6 @@ def _rounded(values: NDArray[np.floating[Any]], dtype: str, name: str) -> NDArra
     with np.errstate(over="ignore"):
         result = rounded(values.astype(np.float32), dtype)
     if not np.isfinite(as_float32(result, dtype)).all():
-        raise CheckpointError(f"The merged {name} has values too large for {dtype}; give --dtype float32.")
+        remedy = "train the adapter again" if dtype == "float32" else "give --dtype float32"
+        raise CheckpointError(f"The merged {name} has values too large for {dtype}; {remedy}.")
     return result

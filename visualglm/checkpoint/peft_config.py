@@ -14,6 +14,8 @@ from visualglm.errors import CheckpointError
 from visualglm.faults import brief, first_fault
 
 Rank = Annotated[int, Field(strict=True, ge=1, le=2**18)]
+# Far beyond any that was meant, and small enough that no weight overflows by it.
+Alpha = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 _PLAIN_MODULE = re.compile(r"\w+(\.\w+)*")
 # Settings that change what is computed, and the values with which an adapter is two matrices beside a weight.
@@ -46,11 +48,11 @@ class LoraSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     r: Rank
-    lora_alpha: float
+    lora_alpha: Alpha
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     use_rslora: bool = False
     rank_pattern: dict[str, Rank] | None = None
-    alpha_pattern: dict[str, float] | None = None
+    alpha_pattern: dict[str, Alpha] | None = None
 
     def rank(self, module: str) -> int:
         """Of the pair of `module`."""

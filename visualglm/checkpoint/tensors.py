@@ -166,6 +166,34 @@ class LazyTensor:
         return replace(self, compute=compute)
 
 
+@dataclass(frozen=True, slots=True)
+class RowTensor:
+    """A tensor whose rows are computed when they are asked for, so that no more than some are in memory.
+
+    `rows` gives those of a slice, in numpy's type for `dtype`.
+    """
+
+    dtype: str
+    shape: Shape
+    rows: Callable[[slice], NDArray[Any]]
+
+    def array(self) -> NDArray[Any]:
+        """See `Tensor`."""
+        result = np.empty(self.shape, NUMPY_DTYPES[self.dtype])
+        for rows in row_blocks(self.shape):
+            result[rows] = self.rows(rows)
+        return result
+
+    def pieces(self) -> Iterator[Piece]:
+        """See `Tensor`."""
+        for rows in row_blocks(self.shape):
+            yield np.ascontiguousarray(self.rows(rows)).reshape(-1).view(np.uint8).data
+
+    def regrouped(self, groups: Shape, axes: Shape) -> LazyTensor:
+        """See `Tensor`."""
+        return LazyTensor(self.dtype, self.shape, self.array).regrouped(groups, axes)
+
+
 def as_float32(array: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     """An array as `Tensor.array` gives it, as numbers: bfloat16 comes as bits."""
     if dtype == "bfloat16":
