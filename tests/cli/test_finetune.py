@@ -48,6 +48,7 @@ def test_a_recipe_of_mindformers_is_explained_on_stderr(invoke: Invoke, tmp_path
         (["--train", "a", "--steps", "3", "--epochs", "3"], "run.epochs and run.steps are both given"),
         (["--train", "a", "--set", "tune.rank=3"], "the key tune.rank is unknown; write tune.lora_rank."),
         (["--train", "a", "--set", "tune.lora_rank"], "write it as --set KEY=VALUE"),
+        (["--resume"], "holds no run to go on with; leave out --resume"),
         (["missing.yaml"], "The recipe missing.yaml cannot be read"),
     ],
 )

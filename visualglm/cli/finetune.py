@@ -134,7 +134,8 @@ def finetune(
     messages = Messages(quiet or os.environ.get("RANK", "0") != "0")
     with _needs_training():
         settings = recipe_options.settings()
-        chosen = read_recipe(_source(recipe, output, resume), settings, tell=messages.tell)
+        source = _source(recipe, output, resume=resume, given=bool(settings))
+        chosen = read_recipe(source, settings, tell=messages.tell)
         if print_recipe:
             print(recipe_to_yaml(chosen), end="")
         elif nproc > 1:
@@ -143,10 +144,14 @@ def finetune(
             _run(chosen, output, device, resume, messages)
 
 
-def _source(recipe: Path | None, output: Path, resume: bool) -> Path | None:
-    """The recipe's file: a run that goes on has written its own."""
+def _source(recipe: Path | None, output: Path, *, resume: bool, given: bool) -> Path | None:
+    """The recipe's file; without one, that of the run to go on with. given: whether options say what to train."""
     written = output / RECIPE_NAME
-    return written if recipe is None and resume and written.is_file() else recipe
+    if recipe is not None or not resume or (given and not written.is_file()):
+        return recipe
+    if not written.is_file():
+        raise ConfigError(f"{output} holds no run to go on with; leave out --resume, or give the folder of one.")
+    return written
 
 
 def _run(recipe: FinetuneRecipe, output: Path, device: str, resume: bool, messages: Messages) -> None:
