@@ -59,6 +59,7 @@ class ExamplePlan:
     """Which examples the rows of a file make, and how long they are.
 
     rows, turns, lengths: int64 [examples], the number of the row, the place of the answer in it, the length in tokens
+    labels: int64 [examples], those of the tokens that are learnt
     cut, dropped_turns: int64 [examples], what was left out of them (see `Example`)
     has_image: bool [examples]
     """
@@ -66,6 +67,7 @@ class ExamplePlan:
     rows: Ints
     turns: Ints
     lengths: Ints
+    labels: Ints
     cut: Ints
     dropped_turns: Ints
     has_image: NDArray[np.bool_]
@@ -156,11 +158,12 @@ def plan_examples(
         for turn in range(last if loss_on == "last" else 0, last + 1):
             example = build_example(row, turn, tokenizer, config, longest)
             trims = (example.cut, example.dropped_turns)
-            found.append((number, turn, len(example.input_ids), *trims, row.source is not None))
+            learnt = int((example.labels != IGNORED_LABEL).sum())
+            found.append((number, turn, len(example.input_ids), learnt, *trims, row.source is not None))
 
     check_rows(index, measure, report=report)
-    rows, turns, lengths, cut, dropped_turns, has_image = np.array(found, np.int64).T
-    return ExamplePlan(rows, turns, lengths, cut, dropped_turns, has_image.astype(np.bool_))
+    rows, turns, lengths, labels, cut, dropped_turns, has_image = np.array(found, np.int64).T
+    return ExamplePlan(rows, turns, lengths, labels, cut, dropped_turns, has_image.astype(np.bool_))
 
 
 class ExampleDataset:
