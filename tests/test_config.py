@@ -106,6 +106,7 @@ def test_faults_are_told_in_one_sentence(values: dict[str, Any], message: str):
         (b"{", r"cannot be read as JSON .*; convert the checkpoint again\.$"),
         (b"\xff\xfe{}", r"cannot be read as JSON"),
         (b"[" * 100_000, r"cannot be read as JSON"),
+        (b'{"dtype": "' + b"x" * 2**21 + b'"}', r"cannot be read as JSON \(Unterminated string"),
         (b"[1]", r"must hold one JSON object; convert the checkpoint again\.$"),
         (b'{"text": {"vocab_size": 512}}', r"is not valid: text\.mask_token_id"),
     ],

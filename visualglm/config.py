@@ -13,6 +13,8 @@ from visualglm.faults import first_fault
 
 # Far above any model of this kind, and low enough that a damaged file cannot keep the machine busy for hours.
 MAX_LAYERS = 1000
+# What is cut off there is no JSON any more; a configuration has a thousand bytes.
+_LARGEST_FILE = 2**20
 Layers = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
 Width = Annotated[int, Field(ge=1, le=2**18)]
 ImageSize = Annotated[int, Field(ge=1, le=4096)]
@@ -154,7 +156,8 @@ class VisualGLMConfig(_Config):
     def from_file(cls, path: Path) -> Self:
         """Read a `config.json`; raises `ConfigError` if it is missing, no JSON, or not valid."""
         try:
-            values = json.loads(path.read_text("utf-8"))
+            with open(path, "rb") as file:
+                values = json.loads(file.read(_LARGEST_FILE))
         except FileNotFoundError as error:
             raise ConfigError(f"{path} does not exist; give a model directory made by `visualglm convert`.") from error
         except (OSError, ValueError, RecursionError) as error:

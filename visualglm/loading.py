@@ -162,7 +162,8 @@ def choose(
                 "or export that with --adapter."
             )
         return _exported(open_lite_directory(path), backend, device, dtype)
-    directory = open_model_directory(builtin_path() if path is None else path)
+    # The built-in model is part of the package, whose files were checked when it was installed.
+    directory = open_model_directory(builtin_path() if path is None else path, hash_weights=path is not None)
     name = BUILTIN_NAME if path is None else str(directory.path)
     opened = _open_adapters(adapters or {}, directory)
     if len(opened) == 1:
@@ -215,7 +216,7 @@ class _Export:
 
     def open(self, exporter: Exporter, exporting: Exporting | None) -> LiteDirectory:
         if self._comes_along:
-            return open_lite_directory(builtin_export())
+            return open_lite_directory(builtin_export(), hash_weights=False)
         return exporter(self.directory, self.precision, exporting)
 
     @property

@@ -215,6 +215,20 @@ def test_json_that_is_none(tmp_path: Path) -> None:
         read_json_object(path)
 
 
+def test_endless_json(tmp_path: Path) -> None:
+    """An empty object in ever more blanks: it is not read to its end."""
+    path = tmp_path / "a.json"
+    path.write_bytes(b"{}" + bytes([32]) * (64 * 2**20 - 2))
+    assert read_json_object(path) == {}
+    with open(path, "ab") as file:
+        file.truncate(10 * 2**30)
+    with pytest.raises(CheckpointError) as caught:
+        read_json_object(path)
+    assert str(caught.value) == (
+        f"{path} has 10,737,418,240 bytes, and may have 67,108,864: it is no file of a checkpoint; get it again."
+    )
+
+
 def test_a_folder_in_the_place_of_a_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a folder and should be a file"):
         read_json_object(tmp_path)

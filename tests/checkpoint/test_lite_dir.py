@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from tests.lite_model import FORM, fill, graph, outside, write_lite
+from tests.lite_model import DATA_BYTES, FORM, fill, graph, outside, write_lite
 from visualglm.checkpoint.lite_dir import (
     GRAPHS,
     LiteForm,
@@ -180,8 +180,8 @@ def test_spoiled_files(open_: Callable[[Path], object], name: str, lite: Path) -
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_one_changed_bit(name: str, lite: Path) -> None:
-    """In weights it is found by verifying, in what is small at once."""
+def test_one_changed_bit(name: str, lite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In large weights it is found by verifying, in all else that a model needs at once."""
     content = bytearray((lite / name).read_bytes())
     content[-1] ^= 1
     (lite / name).write_bytes(content)
@@ -189,10 +189,15 @@ def test_one_changed_bit(name: str, lite: Path) -> None:
         CheckpointError, match=f"lite is damaged: {name} changed since it was written; export the model"
     ):
         verify_lite(lite)
-    if name in ("config.json", "tokenizer.model") or name.endswith(".onnx"):
+    if name in ("config.json", "tokenizer.model") or ".onnx" in name:
         with pytest.raises(CheckpointError, match=f"{name} (changed since it was written|is not the tokenizer)"):
             open_lite_directory(lite)
     else:
+        open_lite_directory(lite)
+    if name.endswith(".data"):
+        open_lite_directory(lite, hash_weights=False)
+        # Those of both graphs count together.
+        monkeypatch.setattr("visualglm.checkpoint.listed_files._SMALL_BYTES", 2 * DATA_BYTES - 1)
         open_lite_directory(lite)
 
 

@@ -22,16 +22,25 @@ if sys.platform != "win32":
     import fcntl
 
 _LONGEST_NAME = 100
+# Twenty times the index of a model of MAX_LAYERS; more would only fill the memory.
+_LARGEST_JSON = 64 * 2**20
 _LOCK_POLL_SECONDS = 0.1
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises `CheckpointError` if it is missing, a git-lfs pointer or no JSON object."""
+    """The JSON object in a file; raises `CheckpointError` if it is missing, a git-lfs pointer, endless, or none."""
     require_file(path)
     try:
-        values = json.loads(path.read_bytes())
+        with open(path, "rb") as file:
+            content = file.read(_LARGEST_JSON + 1)
+        if len(content) > _LARGEST_JSON:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size:,} bytes, and may have {_LARGEST_JSON:,}: it is no file of a "
+                "checkpoint; get it again."
+            )
+        values = json.loads(content)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:

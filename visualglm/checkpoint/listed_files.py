@@ -16,6 +16,9 @@ from visualglm.errors import CheckpointError
 
 M = TypeVar("M", bound=FolderManifest)
 
+# Hashed in the time that it takes to load them, also on processors without instructions for it.
+_SMALL_BYTES = 64 * 2**20
+
 
 def open_manifest(path: Path, manifest_type: type[M]) -> M:
     """The manifest of the folder `path`, which is of that kind and lacks none of its files, though some may be cut
@@ -58,13 +61,26 @@ def verify_files(path: Path, manifest_type: type[M], report: Report | None) -> M
     """Hash every file again; raises `CheckpointError` naming those that are missing or not as they were written."""
     manifest = open_manifest(path, manifest_type)
     require_sizes(path, manifest)
-    hashes = hash_files(path, list(manifest.files), report)
-    damaged = [name for name, record in manifest.files.items() if hashes[name] != record.sha256]
+    _require_hashes(path, manifest, list(manifest.files), report)
+    return manifest
+
+
+def require_small_unchanged(path: Path, manifest: FolderManifest, names: Collection[str]) -> None:
+    """Raises `CheckpointError` if one of these files is not as it was written; large ones are left to `verify_files`.
+
+    Large are those of more than 64 MiB together.
+    """
+    if sum(manifest.files[name].size for name in names) <= _SMALL_BYTES:
+        _require_hashes(path, manifest, names, None)
+
+
+def _require_hashes(path: Path, manifest: FolderManifest, names: Collection[str], report: Report | None) -> None:
+    hashes = hash_files(path, names, report)
+    damaged = [name for name in names if hashes[name] != manifest.files[name].sha256]
     if damaged:
         raise CheckpointError(
             f"{path} is damaged: {listed(damaged)} changed since it was written; {manifest.kind.remedy}."
         )
-    return manifest
 
 
 def hash_files(path: Path, names: Collection[str], report: Report | None) -> dict[str, str]:

@@ -13,7 +13,14 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from visualglm.checkpoint.files import checked_path, read_json_object, staged_folder, write_file
-from visualglm.checkpoint.listed_files import hash_files, open_manifest, require_listed, require_sizes, verify_files
+from visualglm.checkpoint.listed_files import (
+    hash_files,
+    open_manifest,
+    require_listed,
+    require_sizes,
+    require_small_unchanged,
+    verify_files,
+)
 from visualglm.checkpoint.manifest import MANIFEST, ONNX_EXPORT, FileRecord, FolderManifest, Sha256
 from visualglm.checkpoint.model_dir import (
     CONFIG,
@@ -116,12 +123,13 @@ def is_lite_directory(path: Path | str) -> bool:
         return False
 
 
-def open_lite_directory(path: Path | str) -> LiteDirectory:
-    """Open and check a lite directory: all but the hashes of the weights (see `verify_lite`).
+def open_lite_directory(path: Path | str, *, hash_weights: bool = True) -> LiteDirectory:
+    """Open and check a lite directory: all but the hashes of large weights (see `verify_lite`).
 
-    Raises `CheckpointError` if it is none or of a newer version, files are missing, cut short or not as they were
-    written, the tokenizer is another one, or a graph asks for weights that do not lie in its own data file;
-    `ConfigError` if the configuration is not valid. Links to files are followed, as caches of downloads have them.
+    hash_weights: False for weights that are as much to be relied on as this program itself. Raises `CheckpointError` if
+    it is none or of a newer version, files are missing, cut short or not as they were written, the tokenizer is another
+    one, or a graph asks for weights that do not lie in its own data file; `ConfigError` if the configuration is not
+    valid. Links to files are followed, as caches of downloads have them.
     """
     path = checked_path(path)
     manifest = open_manifest(path, LiteManifest)
@@ -135,6 +143,8 @@ def open_lite_directory(path: Path | str) -> LiteDirectory:
         if data:
             _require_neighbours(graph, path / _data_file(name))
         check_external_data(graph, _read_unchanged(graph, manifest), data.size if data else None)
+    if hash_weights:
+        require_small_unchanged(path, manifest, [name for name in map(_data_file, GRAPHS) if name in manifest.files])
     return LiteDirectory(path, VisualGLMConfig.from_file(path / CONFIG), manifest, tokenizer_path)
 
 

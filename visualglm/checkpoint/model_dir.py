@@ -12,7 +12,13 @@ from pathlib import Path
 from visualglm.checkpoint.checks import check_tensors
 from visualglm.checkpoint.contents import Checkpoint
 from visualglm.checkpoint.files import checked_path, file_pieces, require_file, staged_folder, write_file
-from visualglm.checkpoint.listed_files import open_manifest, require_listed, require_sizes, verify_files
+from visualglm.checkpoint.listed_files import (
+    open_manifest,
+    require_listed,
+    require_sizes,
+    require_small_unchanged,
+    verify_files,
+)
 from visualglm.checkpoint.manifest import MANIFEST, FileRecord, Manifest
 from visualglm.checkpoint.progress import ByteProgress, Report
 from visualglm.checkpoint.replaceable import require_replaceable
@@ -69,18 +75,22 @@ class ModelDirectory:
         )
 
 
-def open_model_directory(path: Path | str) -> ModelDirectory:
-    """Open and check a model directory, except for its hashes (see `verify`).
+def open_model_directory(path: Path | str, *, hash_weights: bool = True) -> ModelDirectory:
+    """Open and check a model directory, except for the hashes of large weights (see `verify`).
 
-    Raises `CheckpointError` if it is none, files are missing, cut short or git-lfs pointers, or its tensors are not
-    exactly those its configuration asks for; `ConfigError` if the configuration is not valid.
+    hash_weights: False for weights that are as much to be relied on as this program itself. Raises `CheckpointError` if
+    it is none, files are missing, cut short or git-lfs pointers, or its tensors are not exactly those its configuration
+    asks for; `ConfigError` if the configuration is not valid.
     """
     path = checked_path(path)
     manifest = open_manifest(path, Manifest)
     require_sizes(path, manifest)
     config = VisualGLMConfig.from_file(path / CONFIG)
     tensors = read_weights(path, config)
-    require_listed(path, manifest, [CONFIG, *sorted({tensor.path.name for tensor in tensors.values()})])
+    weights = sorted({tensor.path.name for tensor in tensors.values()})
+    require_listed(path, manifest, [CONFIG, *weights])
+    if hash_weights:
+        require_small_unchanged(path, manifest, weights)
     return ModelDirectory(
         path=path,
         config=config,
