@@ -73,7 +73,8 @@ class RepeatedTensor:
     dtype: str = "bfloat16"
 
     def array(self) -> NDArray[Any]:
-        return np.resize(self._turned(), self.shape)
+        # No longer than needed: a small tensor would keep the whole block.
+        return np.resize(self._turned()[: prod(self.shape)], self.shape)
 
     def pieces(self) -> Iterator[Piece]:
         remaining, data = 2 * prod(self.shape), self._turned().view(np.uint8).data
@@ -95,8 +96,13 @@ def write_random_model(path: Path, config: VisualGLMConfig, report: Report | Non
 
     Raises `CheckpointError` if `path` is in use or the disk has no room for it.
     """
+    return write_model_directory(path, random_checkpoint(config), report=report)
+
+
+def random_checkpoint(config: VisualGLMConfig) -> Checkpoint:
+    """Small random bfloat16 weights that are made when they are asked for."""
     values = np.random.default_rng(0).normal(0, 0.02, _BLOCK_ELEMENTS).astype(np.float32)
     block = (values.view(np.uint32) >> 16).astype(np.uint16)
     shapes = parameter_shapes(config).items()
     tensors = {name: RepeatedTensor(block, shape, _STRIDE * index) for index, (name, shape) in enumerate(shapes)}
-    return write_model_directory(path, Checkpoint(config, tensors, Source(format="random")), report=report)
+    return Checkpoint(config, tensors, Source(format="random"))

@@ -190,7 +190,7 @@ def test_a_batch_without_labels_has_a_loss_of_zero_and_no_gradient(model: Visual
     empty = Batch(batch.layout, np.full_like(batch.labels, -100), batch.pixels, None, ())
     loss, count = trainable.loss(empty)
     loss.backward()
-    assert (float(loss), count) == (0.0, 0)
+    assert (loss.item(), count) == (0.0, 0)
     assert all(p.grad is None or not p.grad.any() for p in trainable.parameters().values())
 
 

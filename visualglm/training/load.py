@@ -14,23 +14,26 @@ from visualglm.backends.torch.chatglm import rotary_table
 from visualglm.backends.torch.joined import VisualGLMModel
 from visualglm.backends.torch.load import choose_dtype, mapped_tensor
 from visualglm.backends.torch.quantized_linear import Bits, QuantizedLinear
+from visualglm.checkpoint.contents import Checkpoint
 from visualglm.checkpoint.model_dir import ModelDirectory
+from visualglm.checkpoint.tensors import Tensor as StoredTensor
 from visualglm.config import DType, VisualGLMConfig
 from visualglm.export.quantize import quantize_blocks
-from visualglm.training.parts import is_quantized, whole_parts
+from visualglm.training.parts import QUANTIZATION_BLOCK, is_quantized, whole_parts
 from visualglm.training.recipe import FinetuneRecipe, Precision
 
 Part = Literal["image", "text"]
 """ViT, Q-Former and projection; or the decoder."""
 ALL_PARTS: tuple[Part, ...] = ("image", "text")
 
-# Smaller than those of an export: nothing is gained here by few scales.
-QUANTIZATION_BLOCK = 64
 _MODULES: dict[Part, tuple[str, ...]] = {"image": ("vision", "qformer", "projection"), "text": ("text",)}
 
 
 def load_for_training(
-    directory: ModelDirectory, recipe: FinetuneRecipe, device: torch.device, parts: Collection[Part] = ALL_PARTS
+    directory: ModelDirectory | Checkpoint,
+    recipe: FinetuneRecipe,
+    device: torch.device,
+    parts: Collection[Part] = ALL_PARTS,
 ) -> VisualGLMModel:
     """The model of `directory` on `device`, ready for `make_trainable`.
 
@@ -50,7 +53,7 @@ def load_for_training(
     state = {}
     for name in list(model.state_dict()):
         if is_quantized(name, recipe.tune):
-            _quantize(model, name.removesuffix(".weight"), directory, recipe.tune.base_bits, device)
+            _quantize(model, name.removesuffix(".weight"), directory.tensors[name], recipe.tune.base_bits, device)
         else:
             precision = "float32" if name.split(".")[0] in whole else dtype
             tensor = mapped_tensor(directory.tensors[name])
@@ -89,9 +92,9 @@ class _Rows:
         return widened
 
 
-def _quantize(model: VisualGLMModel, name: str, directory: ModelDirectory, bits: Bits, device: torch.device) -> None:
+def _quantize(model: VisualGLMModel, name: str, stored: StoredTensor, bits: Bits, device: torch.device) -> None:
     """Put a quantised layer in the place of the linear layer `name`."""
-    weight = _Rows(mapped_tensor(directory.tensors[f"{name}.weight"]))
+    weight = _Rows(mapped_tensor(stored))
     quantized = quantize_blocks(weight, bits, QUANTIZATION_BLOCK, name=f"{name}.weight")
     data, scales, zeros = (
         torch.from_numpy(array).to(device) for array in (quantized.data, quantized.scales, quantized.zeros())

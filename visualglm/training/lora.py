@@ -1,4 +1,4 @@
-"""LoRA on the decoder, which is PEFT's: which layers get it, and under which names it is stored."""
+"""LoRA on the decoder, which is PEFT's, and the names under which it is stored."""
 
 from __future__ import annotations
 
@@ -6,20 +6,10 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 from visualglm.backends.torch.joined import VisualGLMModel
-from visualglm.config import TextConfig
+from visualglm.training.parts import lora_modules
 from visualglm.training.recipe import TuneRecipe
 
-_PARENT = {"qkv": "attention", "proj": "attention", "fc1": "mlp", "fc2": "mlp"}
 _ADAPTER = "default"
-
-
-def lora_modules(tune: TuneRecipe, text: TextConfig) -> list[str]:
-    """Names of the linear layers that get LoRA; raises `ConfigError` for a layer that the model does not have."""
-    return [
-        f"text.layers.{layer}.{_PARENT[module]}.{module}"
-        for layer in tune.layers(text.num_hidden_layers)
-        for module in tune.target_modules
-    ]
 
 
 def add_lora(model: VisualGLMModel, tune: TuneRecipe, seed: int) -> None:

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 from typing import Literal
 
+from visualglm.config import TextConfig
 from visualglm.training.recipe import TuneRecipe
 
+# Smaller blocks than those of an export: nothing is gained in training by few scales.
+QUANTIZATION_BLOCK = 64
 WholePart = Literal["vision", "qformer", "projection", "text"]
 _WHOLE_PARTS: dict[str, tuple[WholePart, ...]] = {
     "vit": ("vision",),
     "qformer": ("qformer", "projection"),
     "full": ("vision", "qformer", "projection", "text"),
 }
+_PARENT = {"qkv": "attention", "proj": "attention", "fc1": "mlp", "fc2": "mlp"}
 
 
 def whole_parts(tune: TuneRecipe) -> tuple[WholePart, ...]:
     """Parts of the model all of whose weights are trained, in the order of the model."""
     named = {part for method in tune.methods for part in _WHOLE_PARTS.get(method, ())}
     return tuple(part for part in _WHOLE_PARTS["full"] if part in named)
+
+
+def lora_modules(tune: TuneRecipe, text: TextConfig) -> list[str]:
+    """Names of the linear layers that get LoRA; raises `ConfigError` for a layer that the model does not have."""
+    return [
+        f"text.layers.{layer}.{_PARENT[module]}.{module}"
+        for layer in tune.layers(text.num_hidden_layers)
+        for module in tune.target_modules
+    ]
 
 
 def is_quantized(name: str, tune: TuneRecipe) -> bool:

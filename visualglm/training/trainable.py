@@ -18,9 +18,9 @@ from visualglm.backends.torch.vit import ViT
 from visualglm.checkpoint.peft_config import peft_values
 from visualglm.config import DType
 from visualglm.errors import CheckpointError
-from visualglm.training.lora import add_lora, is_lora, lora_modules, peft_name
+from visualglm.training.lora import add_lora, is_lora, peft_name
 from visualglm.training.loss import AnswerLoss
-from visualglm.training.parts import WholePart, whole_parts
+from visualglm.training.parts import WholePart, lora_modules, whole_parts
 from visualglm.training.recipe import TuneRecipe
 
 _PART_NAMES: dict[WholePart, str] = {
