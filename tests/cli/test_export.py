@@ -62,6 +62,11 @@ def test_an_export_on_first_use_is_told_once(
         (["MODEL", "missing/OUT"], "does not exist; create the folder"),
         (["MODEL", "OUT", "--precision", "fp32", "--block-size", "64"], "Blocks of 64 are for int4 and int8"),
         (["MODEL", "OUT", "--block-size", "7"], "cannot be run; give 16, 32, 64, 128, 256, 512."),
+        (["MODEL", "OUT", "--int8-layers", "qkv,lm_head"], "an exception from int4, but the precision is int8"),
+        (["MODEL", "OUT", "--precision", "int4", "--int8-layers", "all"], "There are no layers named 'all'"),
+        (["MODEL", "OUT", "--method", "gptq"], "is not the built-in model, for which scenes are drawn"),
+        (["MODEL", "OUT", "--evaluate", "9"], "gptq and judging need rows; give --calibration FILE"),
+        (["MODEL", "OUT", "--method", "gptq", "--calibration", "no.jsonl"], "no.jsonl is no file"),
     ],
 )
 def test_what_cannot_be_exported(
@@ -77,3 +82,26 @@ def test_what_cannot_be_exported(
     outcome = invoke("export", *(str(tiny_model_dir) if part == "MODEL" else part for part in arguments))
     assert outcome.code == 1 and said in outcome.err and outcome.err.count("\n") == 1
     assert not list(tmp_path.iterdir()) and sorted(tiny_model_dir.iterdir()) == before
+
+
+def test_gptq_calibrates_on_rows_and_tells_what_it_found(
+    invoke: Invoke, tiny_model_dir: Path, tmp_path: Path, picture: Path
+):
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"img": picture.name, "prompt": f"What is {n}?", "label": f"{n} cats"} for n in range(10)]
+    rows.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    options = ("--precision", "int4", "--method", "gptq", "--calibration", rows, "--int8-layers", "qkv,lm_head")
+    made = invoke("export", tiny_model_dir, tmp_path / "lite", *options)
+    assert made.code == 0 and "int4 (qkv, lm_head int8) in blocks of 32" in made.out
+    assert "1 rows of rows.jsonl" in made.out and "perplexity" in made.out and "exact" not in made.out
+    assert invoke("ask", "-m", tmp_path / "lite", "-i", picture, *SHORT, "What is it?").code == 0
+    picture.unlink()
+    failed = invoke("export", tiny_model_dir, tmp_path / "again", *options)
+    assert failed.code == 1 and "rows.jsonl, line 1: " in failed.err and "does not exist" in failed.err
+    assert not (tmp_path / "again").exists()
+
+
+def test_the_builtin_model_is_judged_by_scenes(invoke: Invoke, builtin_model_dir: Path, tmp_path: Path):
+    options = ("--precision", "int4", "--method", "gptq", "--evaluate", "2")
+    made = invoke("export", builtin_model_dir, tmp_path / "lite", *options)
+    assert made.code == 0 and "2 drawn scenes" in made.out and "of 15 exact" in made.out

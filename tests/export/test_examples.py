@@ -57,7 +57,7 @@ def test_another_model_has_no_scenes(directory: ModelDirectory):
 
 def test_every_tenth_answer_of_a_file_is_kept_to_judge_by(directory: ModelDirectory, row_file: Path):
     source = examples_for(directory, row_file)
-    assert isinstance(source, RowFile) and source.name == "rows.jsonl" and len(source.rows) == 40
+    assert isinstance(source, RowFile) and source.name == "rows of rows.jsonl" and len(source.rows) == 40
     calibrated = [group for batch in source.to_calibrate() for group in batch.groups]
     judged = [group for batch in source.to_judge(100) for group in batch.groups]
     assert sum(group.layout.batch_size for group in calibrated) == 37

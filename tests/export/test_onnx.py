@@ -1,8 +1,10 @@
 """Exports of a small random model: valid graphs, equal to torch in float32, and complete on the disk."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,15 @@ import numpy as np
 import onnx
 import pytest
 
+import visualglm
 from visualglm.checkpoint.lite_dir import GRAPHS, LiteDirectory, open_lite_directory, verify_lite
 from visualglm.checkpoint.model_dir import open_model_directory
 from visualglm.checkpoint.tensors import LazyTensor
 from visualglm.config import TextConfig
-from visualglm.errors import CheckpointError, ConfigError
+from visualglm.errors import CheckpointError, ConfigError, DataError
 from visualglm.export.decoder import halves_apart, rotary_tables
 from visualglm.export.onnx import ERRORS, ExportOptions, expected_bytes, export_onnx
+from visualglm.scenes.held_out import picture_of
 
 Export = Callable[..., LiteDirectory]
 
@@ -123,14 +127,92 @@ def test_the_expected_size_is_that_of_the_weights(export: Export, tiny_model_dir
         ({"precision": "int4", "block_size": 1024}, "Blocks of 1024 weights cannot be run"),
         ({"precision": "int4", "use_past": False, "kv_cache": "int8"}, "An export without a KV cache has none of int8"),
         ({"precision": "fp16", "kv_cache": "int8"}, "An fp16 export has a float16 cache, not int8"),
+        (
+            {"precision": "fp32", "method": "gptq"},
+            "Nothing is rounded with fp32, so that there is nothing to calibrate",
+        ),
+        ({"precision": "fp16", "evaluate": 5}, "Nothing is rounded with fp16"),
+        ({"precision": "fp32", "calibration": Path("rows.jsonl")}, "Nothing is rounded with fp32"),
+        ({"precision": "int8", "int8_layers": ("qkv",)}, "Layers in 8 bits are an exception from int4"),
+        (
+            {"precision": "int4", "int8_layers": ("q", "qkv")},
+            "no layers named 'q'; give some of qkv, proj, fc1, fc2, lm",
+        ),
+        ({"precision": "int4", "method": "gptq"}, "is not the built-in model, for which scenes are drawn"),
+        ({"precision": "int4", "evaluate": 5}, "gptq and judging need rows; give --calibration FILE"),
+        ({"precision": "int4", "calibration": Path("rows.jsonl"), "evaluate": 5}, "rows.jsonl is no file"),
     ],
 )
 def test_options_that_contradict_one_another(
     tiny_model_dir: Path, tmp_path: Path, options: dict[str, Any], message: str
 ):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, DataError), match=message):
         export_onnx(open_model_directory(tiny_model_dir), tmp_path / "out", ExportOptions(**options))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty questions with answers, every other about a picture."""
+    folder = tmp_path_factory.mktemp("rows")
+    picture_of(0).save(folder / "scene.png")
+    lines = [{"prompt": f"What is {number}?", "label": f"{number} cats"} for number in range(20)]
+    for line in lines[1::2]:
+        line["img"] = "scene.png"
+    path = folder / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def test_the_report_of_a_calibrated_export(tiny_model_dir: Path, tmp_path: Path, rows: Path):
+    options = ExportOptions("int4", method="gptq", int8_layers=("qkv", "lm_head"), calibration=rows, evaluate=None)
+    done = export_onnx(open_model_directory(tiny_model_dir), tmp_path / "out", options)
+    report = json.loads((done.path / ERRORS).read_text())
+    assert report["method"] == "gptq" and report["int8_layers"] == ["qkv", "lm_head"]
+    assert report["calibration"] == {"examples": "rows of rows.jsonl", "rows": 18}
+    judgement = report["judgement"]
+    assert judgement["examples"] == "rows of rows.jsonl" and judgement["count"] == 2 and judgement["answers"] is None
+    assert judgement["logits"]["answer_tokens"] > 4 and 0 < judgement["logits"]["logit_error"] < 0.5
+    assert judgement["logits"]["perplexity"] == pytest.approx(judgement["logits"]["float32_perplexity"], rel=0.2)
+    layers = {layer["name"]: layer for layer in report["layers"]}
+    assert layers["text.lm_head"]["bits"] == layers["text.layers.1.attention.qkv"]["bits"] == 8
+    assert layers["text.layers.1.attention.proj"]["bits"] == layers["text.layers.0.mlp.fc2"]["bits"] == 4
+    assert layers["text.layers.0.mlp.fc2"]["of"] == "outputs" and layers["projection"]["of"] == "weights"
+    assert done.manifest.title.startswith("int4 (qkv, lm_head int8) in blocks of 32")
+    assert sorted(path.name for path in done.path.iterdir()) == sorted([*done.manifest.files, "manifest.json"])
+    assert visualglm.load(done.path).ask(None, "What?", max_new_tokens=3) is not None
+
+
+def test_layers_in_eight_bits_take_more_room(export: Export, tiny_model_dir: Path):
+    directory, narrow = open_model_directory(tiny_model_dir), export(precision="int4")
+    wide = export(precision="int4", int8_layers=("lm_head",))
+    head = prod(directory.tensors["text.lm_head.weight"].shape) // 2
+    for sizes in (
+        [done.weights_bytes for done in (narrow, wide)],
+        [expected_bytes(directory, done.manifest) for done in (narrow, wide)],
+    ):
+        assert sizes[1] - sizes[0] == pytest.approx(head, abs=4096 * 4)
+
+
+def test_nothing_is_judged_unless_told_so(export: Export):
+    report = json.loads((export(precision="int4").path / ERRORS).read_text())
+    assert report["judgement"] is None and "calibration" not in report
+
+
+def test_an_export_without_a_cache_is_judged_too(builtin_model_dir: Path, tmp_path: Path):
+    options = ExportOptions("int8", use_past=False, evaluate=1)
+    done = export_onnx(open_model_directory(builtin_model_dir), tmp_path / "out", options)
+    answers = json.loads((done.path / ERRORS).read_text())["judgement"]["answers"]
+    assert answers["questions"] == 8 and answers["float32_exact_match"] > 0.8
+
+
+def test_exports_from_before_there_were_layers_in_eight_bits_are_read(export: Export, tmp_path: Path):
+    shutil.copytree(export(precision="int8").path, tmp_path / "old")
+    manifest = tmp_path / "old" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    del values["int8_layers"]
+    manifest.write_text(json.dumps(values))
+    assert open_lite_directory(tmp_path / "old").manifest.int8_layers == ()
 
 
 def test_nothing_is_left_of_an_export_that_fails(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

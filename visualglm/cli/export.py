@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -64,13 +65,15 @@ def export(
         if opened.warning:
             messages.tell(f"Warning: {opened.warning}")
     require_export_tools()
-    from visualglm.export.onnx import ExportOptions, export_onnx
+    from visualglm.export.onnx import ERRORS, ExportOptions, export_onnx
 
     kinds = tuple(kind.strip() for kind in int8_layers.split(",")) if int8_layers else ()
     options = ExportOptions(precision, not no_use_past, block_size, kv_cache, method, kinds, calibration, evaluate)
     with messages.byte_progress("exporting") as report:
         done = export_onnx(directory, output, options, force=force, report=report)
-    print_table(_facts(f"{model} with adapter {adapter}" if adapter else str(model), done))
+    print_table(
+        _facts(f"{model} with adapter {adapter}" if adapter else str(model), done) + _judgement(done.path / ERRORS)
+    )
     messages.tell(f'Ask it with: visualglm ask --model {done.path} --image FILE "What is in the picture?"')
 
 
@@ -81,3 +84,22 @@ def _facts(source: str, done: LiteDirectory) -> list[tuple[str, str]]:
         ("size", gib(sum(record.size for record in done.manifest.files.values()))),
         ("memory", f"takes {done.memory}"),
     ]
+
+
+def _judgement(report: Path) -> list[tuple[str, str]]:
+    """What was found beside the model in float32, if it was looked for."""
+    judged = json.loads(report.read_text("utf-8"))["judgement"] if report.is_file() else None
+    if judged is None:
+        return []
+    logits, answers = judged["logits"], judged["answers"]
+    found = (
+        f"{judged['count']} {judged['examples']}: logits off by {logits['logit_error']:.2%}, "
+        f"perplexity {logits['perplexity']:.4f}, in float32 {logits['float32_perplexity']:.4f}"
+    )
+    if answers is None:
+        return [("judged by", found)]
+    told = (
+        f"{answers['exact_match']:.1%} of {answers['questions']} exact, in float32 "
+        f"{answers['float32_exact_match']:.1%}; {answers['same_as_float32']:.1%} the same"
+    )
+    return [("judged by", found), ("answers", told)]

@@ -46,7 +46,9 @@ class ExampleSource(Protocol):
     """Where examples come from. Those to judge by are never among those to calibrate on."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What they are, in the plural."""
+        ...
 
     def to_calibrate(self) -> Iterator[Examples]: ...
 
@@ -102,7 +104,7 @@ class RowFile:
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return f"rows of {self.path.name}"
 
     def to_calibrate(self) -> Iterator[Examples]:
         kept = set(self._held_out())
