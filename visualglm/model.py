@@ -99,32 +99,35 @@ class VisualGLM:
         """
         if name in self._adapters:
             raise ConfigError(f"There is an adapter {name!r} already; give this one another name.")
-        if self._directory is None or not isinstance(self.backend, AdaptableBackend):
-            raise DeviceError(
-                f"The model {self.name} runs as {self.backend.description}, which cannot switch adapters; "
-                'load the model directory with backend="torch".'
-            )
+        backend, base = self._switchable()
         if not isinstance(adapter, AdapterDirectory):
             adapter = open_adapter(adapter)
-        require_base(adapter, self._directory)
+        require_base(adapter, base)
         require_finite(adapter)
-        self.backend.add_adapter(name, adapter)
+        backend.add_adapter(name, adapter)
         self._adapters.append(name)
 
     def use_adapter(self, name: str | None) -> None:
         """Answer with an adapter that was added from now on, or with none; nothing is loaded again.
 
         Images that were encoded with another adapter should be encoded again, if one of the two changes the image
-        encoder. Raises `ConfigError` if there is no adapter of that name.
+        encoder. Raises `ConfigError` if there is no adapter of that name, `DeviceError` if the backend cannot switch.
         """
-        if name == self._adapter:
-            return
+        backend, _ = self._switchable()
         if name is not None and name not in self._adapters:
             known = f"there are {', '.join(self._adapters)}" if self._adapters else "none was added"
             raise ConfigError(f"There is no adapter {name!r}: {known}; give one that is there, or none.")
-        if isinstance(self.backend, AdaptableBackend):
-            self.backend.use_adapter(name)
+        if name != self._adapter:
+            backend.use_adapter(name)
         self._adapter = name
+
+    def _switchable(self) -> tuple[AdaptableBackend, ModelDirectory]:
+        if self._directory is None or not isinstance(self.backend, AdaptableBackend):
+            raise DeviceError(
+                f"The model {self.name} runs as {self.backend.description}, which cannot switch adapters; "
+                "load the model directory with the torch backend."
+            )
+        return self.backend, self._directory
 
     @property
     def config(self) -> VisualGLMConfig:

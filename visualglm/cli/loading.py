@@ -61,7 +61,7 @@ def _adapters(given: Sequence[str]) -> dict[str, str]:
     adapters: dict[str, str] = {}
     for text in given:
         named, _, folder = text.partition("=")
-        if not folder or Path(text).exists():
+        if not (named and folder) or Path(text).exists():
             named, folder = adapter_name(text), text
         if named in adapters:
             raise ConfigError(
