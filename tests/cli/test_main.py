@@ -27,6 +27,16 @@ def test_help_shows_all_commands_and_imports_none(tmp_path: Path):
     assert out.splitlines()[-1] == str([f"visualglm.cli.{name}" for name in names])
 
 
+def test_an_answer_imports_nothing_that_it_does_not_need(builtin_model_dir: Path, picture: Path):
+    """What tables, bars of progress and images from the Internet take is left to those who want them."""
+    program = (
+        f"import sys; from visualglm.cli.program import run; run(['ask', '-q', '-i', {str(picture)!r}, 'What?']);"
+        "print([name for name in ('rich', 'http.client', 'torch', 'onnx', 'matplotlib') if name in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
+
+
 def test_version(invoke: Invoke):
     outcome = invoke("--version")
     assert (outcome.code, outcome.out) == (0, f"visualglm {__version__}\n")

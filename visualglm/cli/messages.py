@@ -5,43 +5,20 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import TextIO
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, TextIO
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
-from rich.text import Text
+from visualglm.cli.output import print_note
 
-from visualglm.cli.output import harmless, print_note
+if TYPE_CHECKING:
+    from visualglm.cli.display import Unit
 
 Report = Callable[[int, int], None]
 """Called with what is done and with what there is in all."""
 NotedReport = Callable[[int, int, str], None]
 """The same, with a note such as the loss."""
 
-# What is read by programs is not to be wrapped.
-_UNWRAPPED = 10_000
 _SECONDS_BETWEEN_LINES = 30.0
-
-
-class _PerSecond(ProgressColumn):
-    def __init__(self, unit: str) -> None:
-        self._unit = unit
-        super().__init__()
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f} {self._unit}/s" if task.speed else "")
 
 
 class Messages:
@@ -57,19 +34,19 @@ class Messages:
 
     def byte_progress(self, title: str) -> AbstractContextManager[Report]:
         """Shows how many bytes are done, how fast, and how long the rest takes."""
-        return self._progress(title, DownloadColumn(), TransferSpeedColumn())
+        return self._progress(title, "bytes")
 
     def row_progress(self, title: str) -> AbstractContextManager[Report]:
         """Shows how many rows are done, how fast, and how long the rest takes."""
-        return self._progress(title, MofNCompleteColumn(), _PerSecond("rows"))
+        return self._progress(title, "rows")
 
     def step_progress(self, title: str) -> AbstractContextManager[Report]:
         """Shows how many steps are done, how fast, and how long the rest takes."""
-        return self._progress(title, MofNCompleteColumn(), _PerSecond("steps"))
+        return self._progress(title, "steps")
 
     def noted_progress(self, title: str) -> AbstractContextManager[NotedReport]:
         """Shows the same, and what is told with each step."""
-        return self._noted_progress(title, MofNCompleteColumn(), _PerSecond("steps"))
+        return self._noted_progress(title, "steps")
 
     def show_table(self, rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
         """A table among the notes."""
@@ -77,21 +54,16 @@ class Messages:
             self.tell(line)
 
     @contextmanager
-    def _progress(self, title: str, *columns: ProgressColumn) -> Iterator[Report]:
-        with self._noted_progress(title, *columns) as report:
+    def _progress(self, title: str, unit: Unit) -> Iterator[Report]:
+        with self._noted_progress(title, unit) as report:
             yield lambda done, total: report(done, total, "")
 
-    @contextmanager
-    def _noted_progress(self, title: str, *columns: ProgressColumn) -> Iterator[NotedReport]:
-        console = Console(stderr=True)
-        if not console.is_terminal:
-            yield self._report_in_lines(title)
-            return
-        note = TextColumn("{task.fields[note]}", markup=False)
-        shown = (TextColumn(title), BarColumn(), *columns, TextColumn("left:"), TimeRemainingColumn(), note)
-        with Progress(*shown, console=console, disable=self._quiet, transient=True) as progress:
-            task = progress.add_task(title, total=None, note="")
-            yield lambda done, total, note: progress.update(task, completed=done, total=total, note=note)
+    def _noted_progress(self, title: str, unit: Unit) -> AbstractContextManager[NotedReport]:
+        if self._quiet or not sys.stderr.isatty():
+            return nullcontext(self._report_in_lines(title))
+        from visualglm.cli.display import progress_bar
+
+        return progress_bar(title, unit)
 
     def _report_in_lines(self, title: str) -> NotedReport:
         """For a log file: a line now and then."""
@@ -113,12 +85,6 @@ def print_table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> No
 
 
 def _table_lines(rows: Iterable[Sequence[str]], header: Sequence[str], stream: TextIO) -> list[str]:
-    console = Console(file=stream, markup=False, highlight=False, emoji=False)
-    if not console.is_terminal:
-        console.width = _UNWRAPPED
-    table = Table(*header, box=None, show_header=bool(header), pad_edge=False)
-    for row in rows:
-        table.add_row(*(harmless(cell, stream) for cell in row))
-    with console.capture() as captured:
-        console.print(table)
-    return [line.rstrip() for line in captured.get().splitlines()]
+    from visualglm.cli.display import table_lines
+
+    return table_lines(rows, header, stream)

@@ -22,6 +22,8 @@ def run(arguments: Sequence[str]) -> int | str | None:
     if not (sys.warnoptions or os.environ.get(DEBUG_VARIABLE)):
         # Those of libraries: nothing a user could act on.
         warnings.simplefilter("ignore")
+    # Of pydantic. There are none that this program would want, and looking for them takes a while.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     if not _has_output():
         print_error("There is no stdout for results; run the command without closing it.")
         return EXIT_ERROR

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from visualglm.errors import ImageError
-from visualglm.processing.fetch import fetch
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[np.uint8]
 
@@ -139,6 +138,9 @@ def _url_bytes(url: str, scheme: str, limits: ImageLimits, allow_urls: bool) -> 
             f"The image at {_short(url)} was not fetched, because URLs are not allowed; "
             "download it and give its path, or allow URLs."
         )
+    # HTTP takes a while to import, and most images are files.
+    from visualglm.processing.fetch import fetch
+
     return fetch(url, limits.max_bytes, limits.fetch_seconds)
 
 
