@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cli.program import Invoke
+from tests.cli.program import Invoke, finish, spawn
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MINDFORMERS = Path(__file__).parents[1] / "training/mindformers_lora.yaml"
@@ -71,3 +71,50 @@ def test_processes_that_torchrun_started_start_no_others(
     monkeypatch.setenv("RANK", "0")
     outcome = invoke("finetune", "--train", "a", "--output", tmp_path / "out", "--nproc", "2")
     assert "was started by torchrun or the like" in outcome.error
+
+
+LABELLED = Path(__file__).parents[2] / "examples/labelled.jsonl"
+# Few enough steps for a test, and quick ones.
+SHORT = ("--train", LABELLED, "--set", "data.workers=0", "--batch-size", "1", "--set", "optimizer.schedule=constant")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VISUALGLM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_run_leaves_an_adapter_and_goes_on_where_it_was(invoke: Invoke, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert invoke("finetune", *SHORT, "--output", output, "--steps", "2").code == 0
+    assert {path.name for path in output.iterdir()} >= {"adapter", "best", "checkpoints", "recipe.yaml", "log.jsonl"}
+    adapter = (output / "adapter/adapter_model.safetensors").read_bytes()
+    assert "holds a run already; --resume goes on with it" in invoke("finetune", *SHORT, "--output", output).error
+    assert invoke("finetune", "--output", output, "--resume").code == 0
+    assert (output / "adapter/adapter_model.safetensors").read_bytes() == adapter
+    other = invoke("finetune", "--output", output, "--resume", "--rank", "3").error
+    assert "was written by another recipe (tune.lora_rank was 10 and is 3)" in other
+
+
+@pytest.mark.usefixtures("cache")
+def test_several_processes_make_one_adapter(tmp_path: Path) -> None:
+    outcome = finish(spawn("finetune", *SHORT, "--output", tmp_path / "out", "--steps", "1", "--nproc", "2"))
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("The adapter is in") == 1
+    assert (tmp_path / "out/adapter/adapter_config.json").is_file()
+
+
+@pytest.mark.usefixtures("cache")
+def test_layers_beyond_the_model_are_told_before_it_is_loaded(invoke: Invoke, tmp_path: Path) -> None:
+    error = invoke("finetune", *SHORT, "--output", tmp_path / "out", "--layers", "0,14").error
+    assert "tune.layer_range names layer 14, but the model has 4 layers, 0 to 3" in error
+    assert not (tmp_path / "out/recipe.yaml").exists()
+
+
+@pytest.mark.slow
+def test_bad_rows_are_told_by_line_by_one_of_several_processes(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "label": ""}\n{"prompt": \n', "utf-8")
+    outcome = finish(spawn("finetune", "--train", rows, "--output", tmp_path / "out", "--nproc", "2"))
+    assert "line 1: the label is" in outcome.error
+    assert "line 2: this is no JSON" in outcome.error
