@@ -66,7 +66,8 @@ def judge(
     examples = list(source.to_judge(count))
     if not examples:
         return None
-    exact = LayerwiseModel(directory, examples, scratch)
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    exact = LayerwiseModel(directory, examples, scratch, beside=size)
     backend = open_graphs(folder, directory, form)
     logits = compare_logits(answer_logits(backend, examples), exact.answer_logits(), answer_tokens(examples))
     if not isinstance(source, DrawnScenes):

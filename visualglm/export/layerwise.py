@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ _WEIGHT_BYTES = 6
 # Of each element of the widest Hessian: three copies in float64 and one in float32.
 _GPTQ_BYTES = 28
 _BASE_BYTES = 600 * 2**20
+_ENCODER = "vision_encoder"
 
 
 @dataclass
@@ -52,13 +54,20 @@ class LayerwiseModel:
     """A model directory in float32 on some examples, of which no more than a layer is in memory at a time.
 
     Its graphs are written into `scratch`, each in place of the last. Raises `DeviceError` if the memory is too small;
-    `calibrates` says whether it has to do for Hessians too, and for what GPTQ makes of them.
+    `calibrates` says whether it has to do for GPTQ too, and `beside` how many bytes of an export for judging that.
     """
 
     def __init__(
-        self, directory: ModelDirectory, examples: Iterable[Examples], scratch: Path, *, calibrates: bool = False
+        self,
+        directory: ModelDirectory,
+        examples: Iterable[Examples],
+        scratch: Path,
+        *,
+        calibrates: bool = False,
+        beside: int = 0,
     ) -> None:
-        self._directory, self._text, self._calibrates = directory, directory.config.text, calibrates
+        self._directory, self._text = directory, directory.config.text
+        self._working_bytes = partial(working_bytes, directory.config, calibrates=calibrates, beside=beside)
         self._path = scratch / "part.onnx"
         self._groups = self._embed(examples)
         self._done = 0
@@ -100,8 +109,7 @@ class LayerwiseModel:
         return groups
 
     def _require_memory(self, columns: int) -> None:
-        needed = working_bytes(self._directory.config, columns, calibrates=self._calibrates)
-        available = available_memory()
+        needed, available = self._working_bytes(columns), available_memory()
         if needed > available:
             raise DeviceError(
                 f"Calibrating and judging take {gib(needed)} of memory, but this machine has {gib(available)} left; "
@@ -135,23 +143,27 @@ class LayerwiseModel:
         return open_session(self._path, Device(CPU), default_threads(self._directory.manifest.parameter_count))
 
 
-def working_bytes(config: VisualGLMConfig, columns: int, *, calibrates: bool) -> int:
-    """The memory that a `LayerwiseModel` takes for examples of so many columns, and `gptq` with its Hessians."""
+def working_bytes(config: VisualGLMConfig, columns: int, *, calibrates: bool, beside: int = 0) -> int:
+    """The memory that a `LayerwiseModel` takes for examples of so many columns, and `gptq` with its Hessians.
+
+    beside: bytes of the export that the decoder is compared with.
+    """
     text, parts = config.text, Counter[str]()
     for name, shape in parameter_shapes(config).items():
         parts[_part(name)] += prod(shape)
-    weights, hidden = _WEIGHT_BYTES * max(parts.values()), 2 * 4 * columns * text.hidden_size
-    if not calibrates:
-        return weights + hidden + _BASE_BYTES
-    hessians = 4 * (3 * text.hidden_size**2 + text.intermediate_size**2)
-    widest = max(text.hidden_size, text.intermediate_size)
-    return max(weights, _GPTQ_BYTES * widest**2) + hessians + hidden + _BASE_BYTES
+    encoder = parts.pop(_ENCODER)
+    most = max(_WEIGHT_BYTES * encoder, _WEIGHT_BYTES * max(parts.values()) + beside)
+    if calibrates:
+        widest = max(text.hidden_size, text.intermediate_size)
+        hessians = 4 * (3 * text.hidden_size**2 + text.intermediate_size**2)
+        most = max(most, _GPTQ_BYTES * widest**2 + hessians)
+    return most + 2 * 4 * columns * text.hidden_size + _BASE_BYTES
 
 
 def _part(name: str) -> str:
     """What is in memory together with the parameter of that name."""
     if not name.startswith("text."):
-        return "vision_encoder"
+        return _ENCODER
     return ".".join(name.split(".")[: 3 if name.startswith("text.layers.") else 2])
 
 

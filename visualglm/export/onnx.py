@@ -100,12 +100,13 @@ def _write_rounded(
     report: dict[str, Any] = {"method": options.method, "block_size": form.block_size, "int8_layers": form.int8_layers}
     with TemporaryDirectory(dir=folder) as name:
         scratch, hessians = Path(name), None
+        count = _JUDGED_BY if options.evaluate is None else options.evaluate
         if source is not None and options.method == "gptq":
-            hessians = LayerwiseModel(directory, source.to_calibrate(), scratch, calibrates=True)
+            beside = expected_bytes(directory, form) if count else 0
+            hessians = LayerwiseModel(directory, source.to_calibrate(), scratch, calibrates=True, beside=beside)
             report["calibration"] = {"examples": source.name, "rows": hessians.rows}
         layers = write_graphs(folder, directory, form, Rounding(form, options.method, hessians), wrote)
         del hessians  # and the memory that it takes
-        count = _JUDGED_BY if options.evaluate is None else options.evaluate
         judgement = judge(folder, directory, form, source, count, scratch) if source is not None and count else None
     report["judgement"] = None if judgement is None else asdict(judgement)
     report["layers"] = [asdict(layer) for layer in layers]
