@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,12 @@ def test_bad_rows_are_told_by_line_by_one_of_several_processes(tmp_path: Path) -
     outcome = finish(spawn("finetune", "--train", rows, "--output", tmp_path / "out", "--nproc", "2"))
     assert "line 1: the label is" in outcome.error
     assert "line 2: this is no JSON" in outcome.error
+
+
+def test_a_missing_package_is_named_with_what_adds_it(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    monkeypatch.delitem(sys.modules, "visualglm.training.yaml_file", raising=False)
+    error = invoke("finetune", CONFIGS / "lora.yaml", "--output", tmp_path / "out").error
+    assert "Training needs yaml; `pip install 'visualglm[train]'` adds it." in error

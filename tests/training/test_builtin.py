@@ -104,9 +104,9 @@ def test_faults_of_a_recipe_are_named(tmp_path: Path, change: dict[str, object],
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"- 1", "is not valid: it is [1], but must be a table of names and values."),
-        (b"a: [", "cannot be read (while parsing"),
-        (b"\xff\xfe\xff", "cannot be read ('utf-8' codec"),
+        (b"- 1", "does not hold keys and values"),
+        (b"a: [", "is no valid YAML (line 1: "),
+        (b"\xff\xfe\xff", "is no valid YAML ('utf-8' codec"),
     ],
 )
 def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes, sentence: str) -> None:

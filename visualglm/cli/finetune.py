@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +11,7 @@ from typing import Annotated
 
 from typer import Argument, Exit, Option
 
+from visualglm.cli.extras import needs_training
 from visualglm.cli.messages import Messages
 from visualglm.cli.options import Quiet
 from visualglm.errors import ConfigError
@@ -20,8 +20,6 @@ from visualglm.training.recipe import FinetuneRecipe, Precision
 from visualglm.training.recipe_file import RECIPE_NAME, read_recipe, recipe_to_yaml
 
 _RECIPE = "Recipe"
-# What the extra "train" adds.
-_NEEDED = ("accelerate", "matplotlib", "peft", "tensorboard", "torch", "transformers", "yaml")
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ def finetune(
     """
     # torchrun starts many of these, and one says it all.
     messages = Messages(quiet or os.environ.get("RANK", "0") != "0")
-    with _needs_training():
+    with needs_training():
         settings = recipe_options.settings()
         source = _source(recipe, output, resume=resume, given=bool(settings))
         chosen = read_recipe(source, settings, tell=messages.tell)
@@ -182,13 +180,3 @@ def _launch(recipe: FinetuneRecipe, count: int, options: Sequence[str]) -> None:
 
 def _flags(resume: bool, quiet: bool) -> list[str]:
     return [flag for flag, given in (("--resume", resume), ("--quiet", quiet)) if given]
-
-
-@contextmanager
-def _needs_training() -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _NEEDED:
-            raise
-        raise ConfigError(f"Training needs {error.name}; `pip install 'visualglm[train]'` adds it.") from error

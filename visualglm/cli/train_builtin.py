@@ -7,12 +7,9 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from visualglm.cli.extras import needs_training
 from visualglm.cli.messages import Messages
 from visualglm.cli.options import Quiet
-from visualglm.errors import ConfigError
-
-# What the extra "train" adds.
-_NEEDED = ("yaml", "matplotlib", "torch", "accelerate", "tensorboard")
 
 
 def train_builtin(
@@ -29,15 +26,11 @@ def train_builtin(
     On several cores or cards: torchrun --nproc_per_node 4 -m visualglm.cli train-builtin RECIPE OUT.
     """
     messages = Messages(quiet)
-    try:
+    with needs_training():
         from visualglm.training.builtin import read_recipe, train
 
         chosen = read_recipe(recipe)
         with messages.row_progress("training") as report:
             directory = train(chosen, output, workers=workers, device=device, report=report, tell=messages.tell)
-    except ModuleNotFoundError as error:
-        if error.name not in _NEEDED:
-            raise
-        raise ConfigError(f"Training needs {error.name}; `pip install 'visualglm[train]'` adds it.") from error
     if directory is not None:
         messages.tell(f"The model is in {directory}; `visualglm ask --model {directory}` asks it.")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from visualglm.training.loop import LoopConfig, Task, Trainer
 from visualglm.training.publish import publish
 from visualglm.training.run_log import RunLog
 from visualglm.training.schedule import warmup_cosine
+from visualglm.training.yaml_file import read_yaml
 
 Part = Literal["vision", "qformer", "projection", "text", "teacher"]
 LICENSE = "The built-in model was trained by this project on scenes it draws itself; Apache-2.0, like the code.\n"
@@ -69,10 +69,9 @@ class BuiltinRecipe(BaseModel):
 
 def read_recipe(path: Path) -> BuiltinRecipe:
     """Raises `ConfigError` naming the first fault."""
+    values = read_yaml(path)
     try:
-        return BuiltinRecipe.model_validate(yaml.safe_load(path.read_text("utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"The recipe {path} cannot be read ({error}); give a YAML file.") from error
+        return BuiltinRecipe.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"The recipe {path} is not valid: {first_fault(error)}.") from error
 

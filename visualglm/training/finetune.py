@@ -37,7 +37,7 @@ from visualglm.training.recipe import FinetuneRecipe
 from visualglm.training.run_data import PlannedData, RunData, plan_data
 from visualglm.training.run_folder import RunFolder
 from visualglm.training.run_log import RunLog
-from visualglm.training.schedule import learning_rate
+from visualglm.training.schedule import learning_rate, pace_note
 from visualglm.training.trainable import Trainable, make_trainable
 from visualglm.training.training_memory import TrainingCase, TrainingMemory, require_training_memory
 
@@ -251,6 +251,8 @@ class _Run:
             f"{len(data.train):,} answers to learn, {held_out:,} held out; {data.total_steps:,} steps, "
             f"{data.steps_per_epoch:,} an epoch, in {'one process' if count == 1 else f'{count} processes'}."
         )
+        if note := pace_note(self.recipe.optimizer, data.total_steps):
+            self.ui.tell(note)
 
     def _trainer(self, trainable: Trainable, data: RunData, fingerprint: dict[str, Any]) -> Trainer[Batch]:
         recipe, total = self.recipe, data.total_steps
