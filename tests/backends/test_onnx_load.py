@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -249,3 +251,43 @@ def test_weights_that_lie_elsewhere_through_a_link(lite: Path, tmp_path: Path):
     (lite / "decoder.onnx.data").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match=r"is a link to another folder .*; put the file itself there"):
         visualglm.load(lite)
+
+
+# The memory that the system gives from then on, beside what it has given.
+LIMITED = """
+import resource, sys
+import numpy as np
+import psutil
+import visualglm
+import visualglm.backends.onnx.load
+from visualglm.loading import choose
+
+def limit(megabytes):
+    limit = psutil.Process().memory_info().vms + megabytes * 10**6
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+# End in [gMASK] <sop>.
+ids = np.full((10_000, 60), 10)
+ids[:, -2:] = 5, 8
+choice = choose(None, backend="onnx", device="cpu", dtype="float32")
+try:
+    {program}
+except visualglm.VisualGLMError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("limit(4); choice.load()", "DeviceError The memory does not suffice for .*vision_encoder\\.onnx; close other"),
+        ("model = choice.load(); limit(100); model.logits(ids)", "DeviceError The memory ran out while the model was"),
+    ],
+    ids=["loading", "computing"],
+)
+def test_memory_that_runs_out_is_told_in_a_sentence(program: str, said: str, builtin_model_dir: Path):
+    code = LIMITED.format(program=program)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "") and re.match(said, done.stdout), done
+    assert done.stdout.count("\n") == 1
