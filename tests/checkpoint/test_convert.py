@@ -221,7 +221,7 @@ def test_misfits_are_listed_by_their_foreign_names(
 ) -> None:
     state = load(sat_archive, "sat")
     del state["transformer.final_layernorm.bias"]
-    state["transformer.layers.0.attention.query_key_value.matrix_A.0"] = torch.zeros(2, 2)
+    state["transformer.layers.0.attention.query_key_value.spare"] = torch.zeros(2, 2)
     state["mixins.eva.model.glm_proj.weight"] = torch.zeros(2, 2).half()
     state["evil\x1b[2J"] = torch.zeros(1)
     save(state, sat_archive, "sat")
@@ -229,7 +229,7 @@ def test_misfits_are_listed_by_their_foreign_names(
         convert(sat_archive, tmp_path / "out")
     assert str(caught.value) == (
         f"The tensors in {sat_archive} do not fit its configuration: 1 missing (transformer.final_layernorm.bias); "
-        r"2 unexpected (transformer.layers.0.attention.query_key_value.matrix_A.0, 'evil\x1b[2J'); "
+        r"2 unexpected (transformer.layers.0.attention.query_key_value.spare, 'evil\x1b[2J'); "
         "1 of another shape (mixins.eva.model.glm_proj.weight is [2, 2] instead of [64, 48])."
     )
     assert entries(tmp_path) == ["sat"]
