@@ -72,7 +72,7 @@ def test_nothing_of_an_extra_is_installed(environment: Path, tmp_path: Path):
         (EVALUATE, "", "exact match"),
         (("check",), "", "✓"),
         (("info",), "", "not installed; `pip install 'visualglm[torch]'`"),
-        (("bench", "--repeats", "1", "--threads", "1"), "", "onnx on cpu, fp32, 1 threads"),
+        (("bench", "--repeats", "1", "--threads", "1"), "", "onnx on cpu, fp32\nthreads  "),
         (("bench", "{assets}/tiny-onnx", "--repeats", "1"), "", "onnx on cpu, fp32"),
         (("ask", "--help"), "", "QUESTION"),
     ],
