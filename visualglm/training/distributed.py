@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from visualglm.backends.torch.load import choose_device
+from visualglm.backends.torch.load import choose_device, exact_dtype
 from visualglm.errors import DeviceError, VisualGLMError
 from visualglm.training.launch import die_with_launcher
 
@@ -57,11 +57,10 @@ class Processes:
         self.accelerator.wait_for_everyone()
 
     def sums(self, values: Sequence[float]) -> list[float]:
-        """The sum of each of `values` over all processes, in float64 where the device has it."""
+        """The sum of each of `values` over all processes."""
         if self.world_size == 1:
             return list(values)
-        exact = torch.float64 if self.device.type in ("cpu", "cuda") else torch.float32
-        totals = torch.tensor(values, dtype=exact, device=self.device)
+        totals = torch.tensor(values, dtype=exact_dtype(self.device), device=self.device)
         distributed.all_reduce(totals)
         return [float(total) for total in totals.tolist()]
 

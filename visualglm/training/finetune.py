@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from visualglm.checkpoint.files import locked_folder
 from visualglm.checkpoint.manifest import Source
 from visualglm.checkpoint.model_dir import ModelDirectory, open_model_directory
 from visualglm.config import DType
-from visualglm.errors import TokenizerError
+from visualglm.errors import DISK_FULL, CheckpointError, TokenizerError
 from visualglm.export_cache import cache_folder
 from visualglm.loading import BUILTIN_NAME, builtin_path
 from visualglm.memory import gib
@@ -90,11 +90,24 @@ def finetune(
     """
     processes = join_processes(device)
     folder = RunFolder(output)
-    with lost_process_named():
+    with lost_process_named(), _disk_named(output):
         processes.first_does(lambda: folder.require_free(resume=resume))
         _Run(recipe, folder, processes, (ui or Silent()) if processes.is_first else Silent()).run()
     processes.leave()
     return folder.adapter
+
+
+@contextmanager
+def _disk_named(output: Path) -> Iterator[None]:
+    """Turns what goes wrong with files of the run, other than adapters and checkpoints, into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        reason = "the disk is full" if error.errno in DISK_FULL else error.strerror or error
+        raise CheckpointError(
+            f"A file in {output} could not be written ({reason}); "
+            "mend that, and --resume goes on from the last checkpoint."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -256,9 +269,9 @@ class _Run:
 
     def _trainer(self, trainable: Trainable, data: RunData, fingerprint: dict[str, Any]) -> Trainer[Batch]:
         recipe, total = self.recipe, data.total_steps
-        module: nn.Module = trainable.loss
+        loss, device = trainable.loss, self.processes.device
+        module = _WithImage(loss, device) if trainable.trains_vision else loss
         if self.is_sharded:
-            module = _EveryPart(trainable.loss)
             shard(module, self.processes)
         # What dropout leaves out is another matter in each process.
         torch.manual_seed(recipe.run.seed + self.processes.rank)
@@ -340,23 +353,26 @@ class _Run:
         )
 
 
-class _EveryPart(nn.Module):
-    """The loss where the model is split over processes, which must run all its parts together.
+class _WithImage(nn.Module):
+    """The loss where the image encoder learns: every batch goes through it, in all processes and in the same order.
 
-    An image that a batch lacks is made up, and counts for nothing.
+    FSDP needs that, since all have parts of its weights. An image that a batch lacks is made up, and counts for
+    nothing; gradients are then 0, not missing, whatever the number of processes.
     """
 
-    def __init__(self, loss: AnswerLoss) -> None:
+    def __init__(self, loss: AnswerLoss, device: torch.device) -> None:
         super().__init__()
         self.loss = loss
+        self.device = device
 
     def forward(self, batch: Batch) -> tuple[Tensor, int]:
+        if batch.pixels is not None:
+            return self.loss(batch)  # type: ignore[no-any-return]
+        model = self.loss.model
+        size = model.config.vision.image_size
+        blank = model.encode_images(torch.zeros(1, 3, size, size, device=self.device))
         total, count = self.loss(batch)
-        if batch.pixels is None:
-            size = self.loss.model.config.vision.image_size
-            blank = torch.zeros(1, 3, size, size, device=total.device)
-            total = total + 0.0 * self.loss.model.encode_images(blank).sum()
-        return total, count
+        return total + 0.0 * blank.sum(), count
 
 
 def _answer_loss(module: nn.Module, batch: Batch) -> dict[str, Tensor]:

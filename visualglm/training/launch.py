@@ -87,8 +87,9 @@ def _environment(rank: int, count: int, port: int) -> Mapping[str, str]:
         "MASTER_PORT": port,
         _LAUNCHER: os.getpid(),
     }
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
-    return threads | os.environ | {name: str(value) for name, value in found.items()}
+    # Of the library's warnings, only one would be seen: that no gradient was missing in a step, though one might have.
+    defaults = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return defaults | os.environ | {name: str(value) for name, value in found.items()}
 
 
 def _start(arguments: Sequence[str], rank: int, environment: Mapping[str, str], folder: Path) -> _Worker:

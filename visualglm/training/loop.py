@@ -241,7 +241,7 @@ class Trainer(Generic[B]):
     ) -> tuple[float, dict[str, float]]:
         """The weight of all batches of all processes, and the mean of each loss over them."""
         names = list(losses[0]) if losses else []
-        totals = [float(torch.stack([found[name].double() for found in losses]).sum()) for name in names]
+        totals = [sum(float(found[name]) for found in losses) for name in names]
         weight, *sums = self.processes.sums([sum(weights), *totals])
         return weight, {name: total / weight for name, total in zip(names, sums, strict=True) if weight}
 

@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from visualglm.backends.torch.joined import IGNORED_LABEL, VisualGLMModel
+from visualglm.backends.torch.load import exact_dtype
 
 if TYPE_CHECKING:
     from visualglm.training.batches import Batch
 
 
 def compute_loss(model: VisualGLMModel, batch: Batch) -> tuple[Tensor, int]:
-    """Sum of the cross-entropies of the labels that count, a float32 scalar, and their number.
+    """Sum of the cross-entropies of the labels that count, a scalar of `exact_dtype`, and their number.
 
     Only the columns that predict a label go through `lm_head`. Divide by the number of labels of the whole step: over
     all processes and accumulated batches.
@@ -38,7 +39,9 @@ def compute_loss(model: VisualGLMModel, batch: Batch) -> tuple[Tensor, int]:
         tensor(layout.attention_mask()).unsqueeze(1),
     )
     count = int((batch.labels[:, 1:] != IGNORED_LABEL).sum())
-    return model.answer_loss(hidden, tensor(batch.labels), reduction="sum"), count
+    losses = model.answer_loss(hidden, tensor(batch.labels), reduction="none")
+    # Else a sum over many tokens would depend on how they are spread over batches and processes.
+    return losses.sum(dtype=exact_dtype(device)), count
 
 
 class AnswerLoss(nn.Module):

@@ -68,8 +68,8 @@ class VisualGLMModel(nn.Module):
         hidden = self.text(self.text.word_embeddings(token_ids[:, None]), position_ids, mask, cache)
         return self.text.lm_head(hidden[:, -1])  # type: ignore[no-any-return]
 
-    def answer_loss(self, hidden: Tensor, labels: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-        """Cross-entropy, computed in float32, over the labels that count.
+    def answer_loss(self, hidden: Tensor, labels: Tensor, reduction: Literal["mean", "none"] = "mean") -> Tensor:
+        """Cross-entropy, computed in float32, over the labels that count: their mean, or each, [labels that count].
 
         hidden: [batch, seq, width]; labels: int64 [batch, seq], -100 where nothing is learnt. The label of a column is
         predicted from the column before it; only those columns go through `lm_head`.

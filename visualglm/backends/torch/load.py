@@ -71,6 +71,11 @@ def choose_dtype(name: str, config: VisualGLMConfig, device: torch.device) -> DT
     raise DeviceError(f"The precision {name!r} is unknown; give auto, {', '.join(get_args(DType))}.")
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """What long sums are taken in: float64 where the device has it."""
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+
+
 def mapped_tensor(stored: StoredTensor) -> Tensor:
     """A tensor where it lies on the disk, mapped into memory; writing to it changes no file."""
     array = stored.array()
