@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-# Weights that are widened to float32 at once: they stay in the caches until they have been multiplied.
-_TILE_ELEMENTS = 1 << 19
+# Weights that are widened to float32 at once: they stay in the caches until they have been multiplied. Many rows keep
+# the processor busy whatever the caches hold; there it counts how seldom its threads wait for one another.
+_TILE_ELEMENTS, _LARGE_TILE_ELEMENTS = 1 << 19, 1 << 22
+_MANY_ROWS = 64
 
 Rows = Callable[[slice], Tensor]
 """Rows of a weight [out, in] in the type that is multiplied in."""
@@ -105,6 +107,7 @@ def _factor_type(x: Tensor) -> torch.dtype:
 
 
 def _tiles(outputs: int, x: Tensor) -> Iterator[slice]:
-    """Parts of the rows of a weight; all at once on devices that need not be spared."""
-    step = max(1, _TILE_ELEMENTS // x.shape[1]) if x.device.type == "cpu" else max(1, outputs)
+    """Parts of the rows of a weight for `x` [n, in]; all at once on devices that need not be spared."""
+    elements = _TILE_ELEMENTS if len(x) < _MANY_ROWS else _LARGE_TILE_ELEMENTS
+    step = max(1, elements // x.shape[1]) if x.device.type == "cpu" else max(1, outputs)
     return (slice(start, start + step) for start in range(0, outputs, step))
