@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from visualglm.backends.torch.joined import IGNORED_LABEL, VisualGLMModel
 from visualglm.backends.torch.load import exact_dtype
-
-if TYPE_CHECKING:
-    from visualglm.training.batches import Batch
+from visualglm.training.batches import Batch
 
 
 def compute_loss(model: VisualGLMModel, batch: Batch) -> tuple[Tensor, int]:
