@@ -73,8 +73,7 @@ class RepeatedTensor:
     dtype: str = "bfloat16"
 
     def array(self) -> NDArray[Any]:
-        # No longer than needed: a small tensor would keep the whole block.
-        return np.resize(self._turned()[: prod(self.shape)], self.shape)
+        return np.frombuffer(bytearray().join(self.pieces()), np.uint16).reshape(self.shape)
 
     def pieces(self) -> Iterator[Piece]:
         remaining, data = 2 * prod(self.shape), self._turned().view(np.uint8).data
