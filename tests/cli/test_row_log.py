@@ -49,7 +49,7 @@ def test_a_link_stays(tmp_path: Path):
     assert link.is_symlink() and not (tmp_path / "rows.jsonl").exists()
 
 
-@pytest.mark.parametrize("output", ["", "-"])
+@pytest.mark.parametrize("output", [".", "-"])
 def test_no_name_of_a_file(output: str, invoke: Invoke, tiny_model_dir: Path, tmp_path: Path):
     (tmp_path / "in.jsonl").write_text(LINE)
     assert "The answers go to a file" in invoke("caption", tmp_path / "in.jsonl", "-o", output).error
