@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from tests.export.blocks import Floats, builtin_linear_weights, heavy_tailed, product
 from visualglm.errors import CheckpointError, ConfigError
-from visualglm.export.gptq import gptq
+from visualglm.export.gptq import _factorize, _invert_triangle, gptq
 from visualglm.export.quantize import Bits, quantize_blocks
 
 
@@ -82,6 +82,18 @@ def test_zeros_and_inputs_that_never_occur():
     packed = gptq(weight, hessian, 4, 32)
     assert output_error(weight, packed.dequantize(), hessian) < 0.01
     assert not gptq(np.zeros_like(weight), hessian, 4, 32).dequantize().any()
+
+
+@pytest.mark.parametrize("size", [1, 7, 256, 257, 700])
+def test_factor_and_inverse_of_any_width(size: int):
+    hessian = correlated_hessian(size) + 0.01 * np.eye(size)
+    factor = hessian.copy()
+    _factorize(factor)
+    np.testing.assert_allclose(factor @ factor.T, hessian, atol=1e-12)
+    np.testing.assert_array_equal(factor, np.triu(factor))
+    inverse = factor.copy()
+    _invert_triangle(inverse)
+    np.testing.assert_allclose(inverse @ factor, np.eye(size), atol=1e-10)
 
 
 def test_what_cannot_be_quantised_is_told():

@@ -97,9 +97,7 @@ def test_memory_that_does_not_suffice_is_told(
 
 def test_the_full_size_is_calibrated_in_the_memory_of_a_layer():
     config = VisualGLMConfig()
-    assert 6e9 < working_bytes(config, 0, calibrates=False) < working_bytes(config, 0, calibrates=True) < 10e9
-    # An export in int4 to be judged has room there; one in int8 takes more.
-    assert working_bytes(config, 0, calibrates=True, beside=5 * 10**9) == working_bytes(config, 0, calibrates=True)
-    assert working_bytes(config, 0, calibrates=True, beside=8 * 10**9) < 12e9
-    # 512 rows of 100 columns.
-    assert working_bytes(config, 51_200, calibrates=True) < 12e9
+    assert 6e9 < working_bytes(config, 0, calibrates=False) <= working_bytes(config, 0, calibrates=True) < 8e9
+    # Beside an export in int4, and with 512 rows of 100 columns.
+    assert working_bytes(config, 0, calibrates=True, beside=5 * 10**9) < 9e9
+    assert working_bytes(config, 51_200, calibrates=True, beside=5 * 10**9) < 11e9

@@ -15,8 +15,8 @@ from visualglm.export.quantize import Matrix, check_finite, check_matrix, in_par
 
 # Outputs that one thread works on at once: each is a problem of its own.
 _OUTPUTS = 1024
-# Triangles of this size are inverted at once.
-_SMALL = 256
+# Inputs of which the matrices are factorised and inverted at once.
+_BLOCK = 256
 
 
 def gptq(
@@ -68,12 +68,11 @@ class _Inputs:
             raise ConfigError(
                 f"The Hessian of {name} must be [{columns}, {columns}], finite and positive; calibrate again."
             )
-        factor: NDArray[Any] = np.zeros((columns + -columns % block_size,) * 2)
+        factor = np.zeros((columns + -columns % block_size,) * 2)
         np.divide(hessian, mean, out=factor[:columns, :columns])
         factor[np.diag_indices_from(factor)] += damping
         try:
-            # Of the reversed matrix, since Cholesky's own factor is a lower one.
-            factor = np.linalg.cholesky(factor[::-1, ::-1])[::-1, ::-1]
+            _factorize(factor)
         except np.linalg.LinAlgError as error:
             raise ConfigError(f"The Hessian of {name} is not positive; calibrate again, or damp it more.") from error
         importance = np.where(np.arange(len(factor)) < columns, np.diag(factor) ** 2, 0)
@@ -82,9 +81,25 @@ class _Inputs:
         return cls(kept, np.ascontiguousarray(factor, np.float32), importance.astype(np.float32))
 
 
-def _invert_triangle(upper: NDArray[Any]) -> None:
-    """Invert an upper triangular matrix in place, by halves: a fraction of the work and memory of any other matrix."""
-    if len(upper) <= _SMALL:
+def _factorize(matrix: NDArray[np.float64]) -> None:
+    """Turn a symmetric matrix into the upper triangular R with `R Rᵀ` the matrix, in place.
+
+    By blocks from the last: numpy's own Cholesky takes two more matrices, and crashes on those as wide as the full size
+    has (16384, with the OpenBLAS of numpy 2.4).
+    """
+    for start in reversed(range(0, len(matrix), _BLOCK)):
+        own, later, done = slice(start, start + _BLOCK), slice(start + _BLOCK, None), slice(start + _BLOCK)
+        matrix[done, own] -= matrix[done, later] @ matrix[own, later].T
+        # Of the reversed block, since Cholesky's own factor is a lower one.
+        block = np.linalg.cholesky(matrix[own, own][::-1, ::-1])[::-1, ::-1]
+        matrix[:start, own] = matrix[:start, own] @ np.linalg.inv(block).T
+        matrix[own, own] = block
+        matrix[later, own] = 0
+
+
+def _invert_triangle(upper: NDArray[np.float64]) -> None:
+    """Invert an upper triangular matrix in place, by halves."""
+    if len(upper) <= _BLOCK:
         upper[:] = np.linalg.inv(upper)
         return
     half = len(upper) // 2

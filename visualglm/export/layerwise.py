@@ -36,8 +36,8 @@ Outputs = dict[str, Floats]
 
 # As float32, and what is mapped and packed beside that.
 _WEIGHT_BYTES = 6
-# Of each element of the widest Hessian: three copies in float64 and one in float32.
-_GPTQ_BYTES = 28
+# Of each element of the widest Hessian: its factor and the inverse of that, and what it takes to compute them.
+_GPTQ_BYTES = 20
 _BASE_BYTES = 600 * 2**20
 _ENCODER = "vision_encoder"
 
