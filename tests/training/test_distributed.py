@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,23 +37,26 @@ def final(folder: Path, rank: int = 0) -> dict[str, Tensor]:
     return dict({**state.tensors, **state.own}["weights"])
 
 
-def test_two_processes_resume_to_the_same_bits(tmp_path: Path) -> None:
-    assert launch(toy(tmp_path / "whole", "8"), 2) == 0
-    with pytest.raises(DeviceError, match="was killed by signal 9"):
-        launch(toy(tmp_path / "cut", "12", "killed"), 2)
-    assert checkpoint_folders(tmp_path / "cut") == []
-    assert launch(toy(tmp_path / "cut", "8"), 2) == 0
-    for path in checkpoint_folders(tmp_path / "cut")[1:]:
-        path.rename(tmp_path / "gone")  # step 8: to go on from step 5
-    assert launch(toy(tmp_path / "cut", "8"), 2) == 0
-    whole, resumed = final(tmp_path / "whole"), final(tmp_path / "cut")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that was never stopped. Do not write."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        assert launch(toy(folder, "8"), 2) == 0
+    return folder
 
 
-def test_a_run_of_two_processes_is_not_resumed_by_one(tmp_path: Path) -> None:
-    assert launch(toy(tmp_path, "5"), 2) == 0
+def test_two_processes_resume_to_the_same_bits(tmp_path: Path, whole: Path) -> None:
+    shutil.copytree(whole / "step-00000005", tmp_path / "step-00000005")
+    assert launch(toy(tmp_path, "8"), 2) == 0
+    expected, resumed = final(whole), final(tmp_path)
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_a_run_of_two_processes_is_not_resumed_by_one(whole: Path) -> None:
     with pytest.raises(ConfigError, match="was written by 2 processes, and there are 1 now; resume with as many"):
-        make_trainer(tmp_path).resume()
+        make_trainer(whole).resume()
 
 
 def test_shards_are_put_back_where_they_were(tmp_path: Path) -> None:

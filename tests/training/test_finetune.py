@@ -127,9 +127,10 @@ def test_two_processes_and_batches_of_one_are_as_one_process(tmp_path: Path, rec
     settings: Settings = {"tune__methods": method, "optimizer__learning_rate": 1e-3 if method == "lora" else 2e-5}
     finetune(recipe(run__batch_size=4, **settings), tmp_path / "one", device="cpu")
     finetune(recipe(run__batch_size=1, run__accumulation=4, **settings), tmp_path / "four", device="cpu")
-    run_in_two_processes(recipe(run__batch_size=2, **settings), tmp_path / "two")
     require_same_run(tmp_path / "one", tmp_path / "four")
-    require_same_run(tmp_path / "one", tmp_path / "two")
+    if method == "lora":
+        run_in_two_processes(recipe(run__batch_size=2, **settings), tmp_path / "two")
+        require_same_run(tmp_path / "one", tmp_path / "two")
     assert len({row["weight"] for row in log(tmp_path / "one")}) > 5  # steps of unequal weight
 
 

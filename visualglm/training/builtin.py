@@ -167,7 +167,7 @@ def _run_stage(trainer: Trainer[SceneBatch], stage: Stage, output: Path, report:
         if log is not None and step.step % stage.loop.log_every == 0:
             log.append(step)
         if log is not None and step.step % stage.loop.checkpoint_every == 0:
-            log.draw()
+            log.show()
         report(step.step)
     if log is not None:
         log.close()

@@ -308,7 +308,7 @@ class _Run:
                 if log and (validation or is_last or step.step % trainer.config.log_every == 0):
                     log.append(step, validation)
                 if log and (validation or step.step % trainer.config.checkpoint_every == 0):
-                    log.draw()
+                    log.show()
                 report(step.step, data.total_steps, f"loss {step.losses['loss']:.4f}")
         if log:
             log.close()

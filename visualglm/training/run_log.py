@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
@@ -12,6 +13,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from visualglm.training.curve import draw_curve
 from visualglm.training.loop import StepReport
+
+# A picture takes a second, which is many steps of a small model.
+_SECONDS_BETWEEN_PICTURES = 60.0
 
 
 class RunLog:
@@ -27,6 +31,7 @@ class RunLog:
         self.picture = picture
         self.title = title
         self._drop_after(first_step)
+        self._drawn = time.monotonic()
         self._writer = SummaryWriter(str(events), purge_step=first_step + 1) if events else None
 
     def append(self, report: StepReport, validation: Mapping[str, float] | None = None) -> None:
@@ -46,17 +51,22 @@ class RunLog:
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, report.step)
 
-    def draw(self) -> None:
-        """The picture of all that was logged so far."""
+    def show(self) -> None:
+        """Bring what was logged so far to the disk, and now and then draw it."""
         if self._writer is not None:
             self._writer.flush()
-        if self.path.is_file():
-            draw_curve(self.path, self.picture, title=self.title)
+        if time.monotonic() - self._drawn > _SECONDS_BETWEEN_PICTURES:
+            self._draw()
 
     def close(self) -> None:
-        self.draw()
+        self._draw()
         if self._writer is not None:
             self._writer.close()
+
+    def _draw(self) -> None:
+        if self.path.is_file():
+            draw_curve(self.path, self.picture, title=self.title)
+        self._drawn = time.monotonic()
 
     def _drop_after(self, step: int) -> None:
         """The line that a process was writing when it was killed may be cut short."""
