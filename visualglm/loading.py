@@ -173,6 +173,8 @@ def choose(
         backend = "torch"
     elif backend == "onnx" and only_torch:
         raise DeviceError(f"The onnx backend cannot run {only_torch}; give --backend torch.")
+    if only_torch and dtype in _QUANTIZED:
+        raise DeviceError(f"The onnx backend has {dtype}, and cannot run {only_torch}; leave --dtype out.")
     export = _Export(directory, opened, _precision(directory, dtype), is_builtin=path is None)
     if _use_torch(backend, device, dtype, export):
         _require_torch(dtype)

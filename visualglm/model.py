@@ -125,7 +125,7 @@ class VisualGLM:
         if self._directory is None or not isinstance(self.backend, AdaptableBackend):
             raise DeviceError(
                 f"The model {self.name} runs as {self.backend.description}, which cannot switch adapters; "
-                "load the model directory with the torch backend."
+                "load the model directory with the torch backend (--backend torch)."
             )
         return self.backend, self._directory
 

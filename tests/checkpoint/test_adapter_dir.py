@@ -13,12 +13,12 @@ from tests.adapters import MODULES, random_pairs, spoil_config, spoil_tensors, w
 from tests.cli.program import change_config
 from visualglm.checkpoint.adapter_dir import (
     AdapterDirectory,
-    is_adapter,
     open_adapter,
     require_base,
     require_finite,
     write_adapter,
 )
+from visualglm.checkpoint.instead import is_adapter
 from visualglm.checkpoint.manifest import Source
 from visualglm.checkpoint.model_dir import open_model_directory
 from visualglm.checkpoint.peft_config import peft_values, read_lora_settings
@@ -253,8 +253,13 @@ def test_files_that_are_missing_changed_or_of_another_time(adapter: Path, tiny_m
         spoilt("g", lambda folder: change(folder, base_fingerprint="x"))
     with pytest.raises(CheckpointError, match="is a model directory, and an adapter is needed"):
         open_adapter(tiny_model_dir)
-    with pytest.raises(CheckpointError, match=r"is no adapter: neither manifest.json nor adapter_config.json is there"):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"neither manifest.json nor adapter_config.json is there; give a folder"):
+        open_adapter(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match=f"adapter_config.json is there; give {tmp_path / 'a'}.$"):
         open_adapter(tmp_path)
+    with pytest.raises(CheckpointError, match=f"is a file; give the folder that it lies in, {adapter}.$"):
+        open_adapter(adapter / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match="does not exist"):
         open_adapter(tmp_path / "nowhere")
     assert not is_adapter(tiny_model_dir) and not is_adapter(tmp_path) and is_adapter(adapter)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.adapters import write_random_adapter
 from visualglm.checkpoint.convert import convert
 from visualglm.checkpoint.lite_dir import open_lite_directory
 from visualglm.checkpoint.model_dir import open_model_directory
@@ -91,9 +92,17 @@ def test_models_and_adapters_of_others(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{damaged")
     assert "has no manifest.json" in refused(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert refused(tmp_path) == (
-        f"{tmp_path} is an adapter{NEEDED}give it as --adapter, beside the model that it belongs to."
-    )
+    use = "give it as --adapter, beside the model that it belongs to."
+    assert refused(tmp_path) == f"{tmp_path} is an adapter{NEEDED}{use}"
+
+
+def test_adapters_and_folders_of_runs(tiny_model_dir: Path, tmp_path: Path) -> None:
+    adapter = write_random_adapter(tmp_path / "adapter", tiny_model_dir).path
+    use = "give it as --adapter, beside the model that it belongs to."
+    assert refused(adapter) == f"{adapter} is an adapter{NEEDED}{use}"
+    (tmp_path / "recipe.yaml").write_text("")
+    inside = f"{tmp_path} holds a folder with an adapter, adapter{NEEDED}"
+    assert refused(tmp_path) == f"{inside}give {adapter}, which goes beside its model as --adapter."
 
 
 def edited(source: Path, target: Path, old: str, new: str) -> Path:

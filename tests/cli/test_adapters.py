@@ -64,7 +64,12 @@ def test_chat_switches(invoke: Invoke, tiny_model_dir: Path, adapters: Path, pic
         *answers_of(tiny_model_dir, wind, picture, "four"),
     ]
     assert outcome.out.splitlines() == expected
-    for note in ("Now with no adapter.", "Now with the adapter snow.", "Now with the adapter storm."):
+    for note in (
+        "Now with the adapter rain, of rain, snow, storm.",
+        "Now with no adapter.",
+        "Now with the adapter snow.",
+        "Now with the adapter storm.",
+    ):
         assert note in outcome.err
     outcome = invoke(*chat, stdin=":adapter fog\n")
     assert outcome.code == 1 and "There is no adapter 'fog': there are rain, snow; give one" in outcome.err
@@ -72,6 +77,8 @@ def test_chat_switches(invoke: Invoke, tiny_model_dir: Path, adapters: Path, pic
 
 def test_what_chat_cannot_switch(invoke: Invoke, tiny_model_dir: Path, adapters: Path):
     chat = ("chat", "-m", tiny_model_dir, "--adapter", adapters / "rain")
+    several = invoke(*chat, "--adapter", adapters / "snow", "--dtype", "int4")
+    assert "onnx backend has int4, and cannot run several adapters, since an export has one" in several.error
     several = invoke(*chat, "--adapter", adapters / "snow", "--backend", "onnx")
     assert "onnx backend cannot run several adapters, since an export has one merged into its weights" in several.error
     same = invoke(*chat, "--adapter", adapters / "rain")
@@ -89,6 +96,11 @@ def test_wrong_models_and_folders(invoke: Invoke, tiny_model_dir: Path, adapters
     assert "does not exist" in invoke(*ask, "--adapter", tmp_path / "no").error
     assert "is a model directory, and an adapter is needed" in invoke(*ask, "--adapter", tiny_model_dir).error
     assert "is an adapter" in invoke(*ask, "-m", adapters / "rain").error
+    assert f"is no adapter: neither manifest.json nor adapter_config.json is there; give {adapters / 'rain'}." in (
+        invoke(*ask, "--adapter", adapters).error
+    )
+    swapped = invoke("merge", adapters / "rain", tiny_model_dir, tmp_path / "out")
+    assert "rain is an adapter, which comes second; give the model first." in swapped.error
     invoke("export", tiny_model_dir, tmp_path / "lite", "-q")
     lite = invoke(*ask, "-m", tmp_path / "lite", "--adapter", adapters / "rain")
     assert "is an export, which takes no adapter; give the model directory" in lite.error
@@ -105,6 +117,8 @@ def test_merge(invoke: Invoke, tiny_model_dir: Path, adapters: Path, picture: Pa
     assert "merged(x) = base(x) + Δ(x) in 3 layers, on random x; the largest deviation is " in outcome.out
     assert "LoRA     3 layers, rank 3, scale 2," in outcome.out
     assert answers_of(out, None, picture, "a", "b") == answers_of(tiny_model_dir, adapters / "snow", picture, "a", "b")
+    told = f"merged       the adapter snow, fingerprint {open_adapter(adapters / 'snow').fingerprint}"
+    assert told in invoke("info", out).out
     assert "is not empty" in invoke("merge", tiny_model_dir, adapters / "snow", out).error
     assert "belongs to the model tiny" in invoke("merge", out, adapters / "rain", tmp_path / "x").error
     assert "cannot be merged into weights" in invoke("merge", tiny_model_dir, adapters / "wind", tmp_path / "x").error
@@ -117,6 +131,7 @@ def test_merge(invoke: Invoke, tiny_model_dir: Path, adapters: Path, picture: Pa
 def test_export(invoke: Invoke, tiny_model_dir: Path, adapters: Path, picture: Path, tmp_path: Path):
     outcome = invoke("export", tiny_model_dir, tmp_path / "lite", "--adapter", adapters / "snow", "--precision", "fp32")
     assert outcome.code == 0 and f"with adapter {adapters / 'snow'}" in outcome.out
+    assert "merged       the adapter snow, fingerprint " in invoke("info", tmp_path / "lite").out
     answer = visualglm.load(tmp_path / "lite").ask(picture, QUESTION, max_new_tokens=6)
     assert [answer] == answers_of(tiny_model_dir, adapters / "snow", picture, QUESTION)
     prefixed = invoke("export", tiny_model_dir, tmp_path / "x", "--adapter", adapters / "wind")

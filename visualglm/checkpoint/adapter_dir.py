@@ -23,14 +23,14 @@ from visualglm.checkpoint.files import (
     hash_pieces,
     read_json_object,
     readable,
-    require_folder,
     staged_folder,
     write_file,
 )
+from visualglm.checkpoint.instead import adapter_inside, require_model_folder
 from visualglm.checkpoint.listed_files import open_manifest, require_sizes
 from visualglm.checkpoint.manifest import ADAPTER, MANIFEST, FileRecord, FolderManifest, Sha256, Source
 from visualglm.checkpoint.model_dir import ModelDirectory
-from visualglm.checkpoint.peft_config import LoraSettings, read_lora_settings
+from visualglm.checkpoint.peft_config import PEFT_CONFIG, LoraSettings, read_lora_settings
 from visualglm.checkpoint.replaceable import require_replaceable_as
 from visualglm.checkpoint.safetensors_file import read_safetensors, safetensors_pieces
 from visualglm.checkpoint.tensors import (
@@ -46,7 +46,7 @@ from visualglm.config import VisualGLMConfig
 from visualglm.errors import CheckpointError
 from visualglm.parameters import parameter_shapes, prefix_name
 
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_WEIGHTS = "adapter_model.safetensors"
 TRAINED, PREFIX = "trained.safetensors", "prefix.safetensors"
 
 _OVERHEAD_BYTES = 1_000_000
@@ -131,17 +131,15 @@ def open_adapter(path: Path | str) -> AdapterDirectory:
     not valid or asks for more than plain LoRA, or its tensors are not what the configuration says.
     """
     path = checked_path(path)
-    require_folder(path)
+    require_model_folder(path)
     if (path / MANIFEST).is_file():
         manifest = open_manifest(path, AdapterManifest)
         require_sizes(path, manifest)
         _require_unchanged(path, manifest)
         return _read(path, manifest, {name: record.sha256 for name, record in manifest.files.items()})
     if not (path / PEFT_CONFIG).is_file():
-        raise CheckpointError(
-            f"{path} is no adapter: neither {MANIFEST} nor {PEFT_CONFIG} is there; "
-            f"give a folder made by `{ADAPTER.command}`, `visualglm convert` or PEFT."
-        )
+        known = adapter_inside(path) or f"a folder made by `{ADAPTER.command}`, `visualglm convert` or PEFT"
+        raise CheckpointError(f"{path} is no adapter: neither {MANIFEST} nor {PEFT_CONFIG} is there; give {known}.")
     return _read(path, None, {name: hash_pieces(file_pieces(path / name)) for name in (PEFT_CONFIG, PEFT_WEIGHTS)})
 
 
@@ -224,15 +222,6 @@ def require_finite(adapter: AdapterDirectory) -> None:
                 f"The tensor {readable(name)} of the adapter {adapter.path} holds values that are not finite numbers; "
                 "use an earlier checkpoint of the training."
             )
-
-
-def is_adapter(path: Path | str) -> bool:
-    """Whether the folder says that it is one; all else is up to `open_adapter`."""
-    path = checked_path(path)
-    try:
-        return read_json_object(path / MANIFEST).get("format") == ADAPTER.format
-    except CheckpointError:
-        return (path / PEFT_CONFIG).is_file() and not (path / MANIFEST).exists()
 
 
 def _read(path: Path, manifest: AdapterManifest | None, hashes: Mapping[str, str]) -> AdapterDirectory:

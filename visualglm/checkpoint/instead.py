@@ -7,13 +7,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from visualglm.checkpoint.files import read_json_object, readable
+from visualglm.checkpoint.files import checked_path, read_json_object, readable
 from visualglm.checkpoint.foreign_config import HF_CONFIG, SAT_CONFIG
-from visualglm.checkpoint.manifest import MANIFEST, FolderKind
+from visualglm.checkpoint.manifest import ADAPTER, MANIFEST, FolderKind
+from visualglm.checkpoint.peft_config import PEFT_CONFIG
 from visualglm.errors import CheckpointError
 
-_ADAPTER_CONFIG = "adapter_config.json"
-_MARKERS = (MANIFEST, SAT_CONFIG.file_name, HF_CONFIG.file_name, _ADAPTER_CONFIG)
+_MARKERS = (MANIFEST, SAT_CONFIG.file_name, HF_CONFIG.file_name, PEFT_CONFIG)
 _SOURCE = "convert the SAT archive or the Hugging Face folder of the model"
 _WHOLE_FOLDER = "give the folder in which it lies beside its configuration"
 # What files are, by the ends of their names or their first bytes, and what to do in their place.
@@ -55,12 +55,23 @@ def no_manifest(path: Path, wanted: FolderKind) -> CheckpointError:
     return CheckpointError(f"{path} has no {MANIFEST}, so it is no {wanted.name}; make one with `{wanted.command}`.")
 
 
+def is_adapter(path: Path | str) -> bool:
+    """Whether the folder says that it is one; all else is up to `open_adapter`."""
+    path = checked_path(path)
+    try:
+        return read_json_object(path / MANIFEST).get("format") == ADAPTER.format
+    except CheckpointError:
+        return (path / PEFT_CONFIG).is_file() and not (path / MANIFEST).exists()
+
+
+def adapter_inside(path: Path) -> Path | None:
+    """An adapter in the folder `path`, as the folder of a run has one."""
+    return next(filter(is_adapter, _entries(path)), None)
+
+
 def kind_instead(path: Path) -> tuple[str, str] | None:
     """What a folder without a manifest is, and what to do in its place; None if it is nothing that is known."""
-    try:
-        entries = sorted(islice(path.iterdir(), _MOST_ENTRIES))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+    entries = _entries(path)
     if not entries:
         return "is empty", "give another folder"
     known = _checkpoint_kind(path)
@@ -72,12 +83,19 @@ def kind_instead(path: Path) -> tuple[str, str] | None:
     return _weights_kind(entries) or _folder_inside(entries)
 
 
+def _entries(path: Path) -> list[Path]:
+    try:
+        return sorted(islice(path.iterdir(), _MOST_ENTRIES))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+
+
 def _checkpoint_kind(path: Path) -> tuple[str, str] | None:
     make = f"make one with `visualglm convert {shlex.quote(str(path))} OUT`"
     if (path / SAT_CONFIG.file_name).is_file():
         return "is a SAT archive", make
-    if (path / _ADAPTER_CONFIG).is_file():
-        return "is an adapter", "give it as --adapter, beside the model that it belongs to"
+    if is_adapter(path):
+        return "is an adapter", str(ADAPTER.use)
     config = _config(path / HF_CONFIG.file_name)
     if HF_CONFIG.vision_section in config:
         return "is a Hugging Face checkpoint", make
@@ -101,7 +119,12 @@ def _weights_kind(entries: list[Path]) -> tuple[str, str] | None:
 
 def _folder_inside(entries: list[Path]) -> tuple[str, str] | None:
     inside = next((entry for entry in entries if any((entry / marker).is_file() for marker in _MARKERS)), None)
-    return (f"holds a folder with a checkpoint, {readable(inside.name)}", f"give {inside}") if inside else None
+    if inside is None:
+        return None
+    if is_adapter(inside):
+        remedy = f"give {inside}, which goes beside its model as --adapter"
+        return f"holds a folder with an adapter, {readable(inside.name)}", remedy
+    return f"holds a folder with a checkpoint, {readable(inside.name)}", f"give {inside}"
 
 
 def _file_kind(file: Path) -> tuple[str, str] | None:

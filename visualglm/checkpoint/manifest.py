@@ -24,6 +24,16 @@ Layout = Literal["thirds", "per_head"]
 """How a foreign checkpoint packs ChatGLM's q, k and v: one after the other, or head by head."""
 
 
+class MergedAdapter(BaseModel):
+    """An adapter that was merged into a model, and that model, by their fingerprints."""
+
+    model_config = ConfigDict(frozen=True)
+
+    base: Sha256
+    adapter: Sha256
+    adapter_name: str
+
+
 class Source(BaseModel):
     """Where a model came from, and what it takes to write it back as it was. Other facts may be added."""
 
@@ -34,6 +44,8 @@ class Source(BaseModel):
     layout: Layout = "thirds"
     config: dict[str, Any] | None = None
     """The foreign configuration file as it was."""
+    merged: tuple[MergedAdapter, ...] | None = None
+    """What was added to the model since, the latest last."""
 
 
 class FileRecord(BaseModel):
@@ -56,6 +68,8 @@ class FolderKind:
     title: str
     command: str
     remedy: str
+    use: str | None = None
+    """What to do with one that is given where another kind is needed; None: give one of that kind."""
 
     @property
     def name(self) -> str:
@@ -65,7 +79,14 @@ class FolderKind:
 
 MODEL = FolderKind(None, 1, "a model directory", "visualglm convert", "convert the checkpoint again")
 ONNX_EXPORT = FolderKind("visualglm-onnx", 1, "an ONNX export", "visualglm export", "export the model again")
-ADAPTER = FolderKind("visualglm-adapter", 1, "an adapter", "visualglm finetune", "train or convert it again")
+ADAPTER = FolderKind(
+    "visualglm-adapter",
+    1,
+    "an adapter",
+    "visualglm finetune",
+    "train or convert it again",
+    "give it as --adapter, beside the model that it belongs to",
+)
 _KINDS = {kind.format: kind for kind in (MODEL, ONNX_EXPORT, ADAPTER)}
 
 
@@ -122,9 +143,8 @@ def _check_kind(folder: Path, values: dict[str, Any], wanted: FolderKind) -> Non
             f"install a newer visualglm, or give {wanted.title} made by `{wanted.command}`."
         )
     if known is not wanted:
-        raise CheckpointError(
-            f"{folder} is {known.title}, and {wanted.title} is needed; give one made by `{wanted.command}`."
-        )
+        remedy = known.use or f"give one made by `{wanted.command}`"
+        raise CheckpointError(f"{folder} is {known.title}, and {wanted.title} is needed; {remedy}.")
     version = values.get("format_version")
     if isinstance(version, int) and version > wanted.version:
         raise CheckpointError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visualglm.checkpoint.adapter_dir import AdapterDirectory, LoraPair, require_base, require_finite
-from visualglm.checkpoint.manifest import Source
+from visualglm.checkpoint.manifest import MergedAdapter, Source
 from visualglm.checkpoint.model_dir import (
     ModelDirectory,
     fill_model_directory,
@@ -89,7 +89,8 @@ def merged(directory: ModelDirectory, adapter: AdapterDirectory, dtype: DType | 
     for name, tensor in adapter.trained.items():
         tensors[name] = _in_type(name, tensor, dtype or tensors[name].dtype)
     facts = {field.name: getattr(directory, field.name) for field in fields(ModelDirectory)}
-    return MergedDirectory(**facts | {"tensors": tensors}, adapter=adapter)
+    manifest = directory.manifest.model_copy(update={"source": _source(directory, adapter)})
+    return MergedDirectory(**facts | {"tensors": tensors, "manifest": manifest}, adapter=adapter)
 
 
 def merge(
@@ -107,8 +108,7 @@ def merge(
     x. Raises `CheckpointError` as `merged` does, and if `output` is in use, the disk fills up, a merged weight is too
     large for the type, or a layer deviates by more than its type explains.
     """
-    view = merged(directory, adapter, dtype)
-    checkpoint = replace(view.checkpoint, source=_source(directory, adapter))
+    checkpoint = merged(directory, adapter, dtype).checkpoint
     _require_apart(Path(output), directory.path, adapter.path)
     with staged_checkpoint(output, checkpoint, force=force) as folder:
         fill_model_directory(folder, checkpoint, ByteProgress(checkpoint.size_bytes, report))
@@ -118,9 +118,11 @@ def merge(
 
 def _source(directory: ModelDirectory, adapter: AdapterDirectory) -> Source:
     """That of the base, which is still the way back into its format, and what was added."""
-    facts = directory.manifest.source.model_dump()
-    added = {"base": directory.fingerprint, "adapter": adapter.fingerprint, "adapter_name": adapter.path.resolve().name}
-    return Source(**facts | {"merged": [*facts.get("merged", []), added]})
+    source = directory.manifest.source
+    added = MergedAdapter(
+        base=directory.fingerprint, adapter=adapter.fingerprint, adapter_name=adapter.path.resolve().name
+    )
+    return source.model_copy(update={"merged": (*(source.merged or ()), added)})
 
 
 def _require_apart(output: Path, *sources: Path) -> None:

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from visualglm.errors import CheckpointError
 from visualglm.faults import brief, first_fault
 
+PEFT_CONFIG = "adapter_config.json"
+
 Rank = Annotated[int, Field(strict=True, ge=1, le=2**18)]
 # Far beyond any that was meant, and small enough that no weight overflows by it.
 Alpha = Annotated[float, Field(ge=-1e6, le=1e6)]

@@ -55,6 +55,8 @@ def chat(
     model = load_model(options, images, messages, switches=True)
     conversation = Conversation(model, generation.fitted(model.config.text), messages)
     conversation.show(picture)
+    if len(model.adapters) > 1:
+        messages.tell(f"Now with the adapter {model.adapter}, of {', '.join(model.adapters)}.")
     if sys.stdin.isatty():
         messages.tell("Type a question, or :help.")
     failed = False

@@ -9,13 +9,13 @@ from typing import Annotated, TypeVar, get_args
 
 from typer import Argument, Exit
 
-from visualglm.checkpoint.adapter_dir import AdapterManifest, is_adapter, open_adapter, require_finite
+from visualglm.checkpoint.adapter_dir import AdapterManifest, open_adapter, require_finite
 from visualglm.checkpoint.contents import Checkpoint
 from visualglm.checkpoint.files import file_pieces, hash_pieces, read_json_object
 from visualglm.checkpoint.foreign import TOKENIZER as FOREIGN_TOKENIZER
 from visualglm.checkpoint.foreign_config import HF_CONFIG, SAT_CONFIG
 from visualglm.checkpoint.hf import read_hf
-from visualglm.checkpoint.instead import kind_instead, no_manifest, require_model_folder
+from visualglm.checkpoint.instead import is_adapter, kind_instead, no_manifest, require_model_folder
 from visualglm.checkpoint.listed_files import require_size
 from visualglm.checkpoint.lite_dir import GRAPHS, LiteDirectory, LiteManifest, is_lite_directory, open_lite_directory
 from visualglm.checkpoint.lite_graphs import require_as_told

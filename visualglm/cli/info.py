@@ -14,7 +14,9 @@ import psutil
 from typer import Argument
 
 from visualglm import __version__
-from visualglm.checkpoint.adapter_dir import AdapterDirectory, is_adapter, open_adapter
+from visualglm.checkpoint.adapter_dir import AdapterDirectory, open_adapter
+from visualglm.checkpoint.files import readable
+from visualglm.checkpoint.instead import is_adapter
 from visualglm.checkpoint.lite_dir import LiteDirectory, is_lite_directory, open_lite_directory
 from visualglm.checkpoint.model_dir import ModelDirectory, license_of, open_model_directory
 from visualglm.cli.adapters import adapter_facts
@@ -99,6 +101,7 @@ def _torch() -> list[Row]:
 
 def _folder(directory: ModelDirectory | LiteDirectory, *, is_builtin: bool) -> list[Row]:
     config, tokenizer = directory.config, directory.tokenizer_path
+    merged = directory.manifest.source.merged or ()
     license_text = (license_of(directory.path) or "").strip() or "none is given"
     return [
         ("model", str(directory.path)),
@@ -107,6 +110,7 @@ def _folder(directory: ModelDirectory | LiteDirectory, *, is_builtin: bool) -> l
         ("tokenizer", "none: it cannot be asked" if tokenizer is None else tokenizer.name),
         ("window", f"{config.text.max_sequence_length:,} tokens, {config.text.vocab_size:,} ids"),
         ("source", directory.manifest.source.format),
+        *(("merged", f"the adapter {readable(it.adapter_name)}, fingerprint {it.adapter}") for it in merged),
         ("licence", license_text.splitlines()[0]),
     ]
 

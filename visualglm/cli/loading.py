@@ -33,7 +33,7 @@ def choose_model(options: ModelOptions, messages: Messages, *, switches: bool = 
 
     @contextmanager
     def exporting(place: Path) -> Iterator[Report]:
-        what = " with ".join([str(options.model or BUILTIN_NAME), *adapters])
+        what = " with adapter ".join([str(options.model or BUILTIN_NAME), *adapters.values()])
         messages.tell(f"{what} has no such export for ONNX Runtime yet; it is made once, as {place}")
         with messages.byte_progress("exporting") as report:
             yield report

@@ -8,12 +8,14 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from visualglm.checkpoint.adapter_dir import open_adapter
+from visualglm.checkpoint.instead import is_adapter
 from visualglm.checkpoint.merge import Merge
 from visualglm.checkpoint.merge import merge as merge_adapter
 from visualglm.checkpoint.model_dir import open_model_directory
 from visualglm.cli.adapters import adapter_facts
 from visualglm.cli.messages import Messages, print_table
 from visualglm.cli.options import Quiet
+from visualglm.errors import ConfigError
 from visualglm.memory import gib
 
 
@@ -33,6 +35,8 @@ def merge(
     What was written is read back: each changed layer must give base(x) + Δ(x) for random x, up to rounding.
     """
     messages = Messages(quiet)
+    if is_adapter(model):
+        raise ConfigError(f"{model} is an adapter, which comes second; give the model first.")
     directory, opened = open_model_directory(model), open_adapter(adapter)
     if opened.warning:
         messages.tell(f"Warning: {opened.warning}")
