@@ -187,7 +187,7 @@ def test_tensors_that_are_not_what_the_configuration_says(tensors: dict[str, Any
     ("name", "tensors", "message"),
     [
         ("adapter_model", {QKV_A: np.zeros((3, 5), np.float32)}, r"qkv is for \[96, 5\], and its weight is \[96, 32\]"),
-        ("adapter_model", EMBEDDINGS, "the model has no linear layer text.word_embeddings"),
+        ("adapter_model", EMBEDDINGS, "the model has no linear layer text.word_embeddings."),
         (
             "trained",
             {"text__layers__9__norm": np.zeros(3, np.float32)},
@@ -262,6 +262,9 @@ def test_files_that_are_missing_changed_or_of_another_time(adapter: Path, tiny_m
         open_adapter(adapter / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match="does not exist"):
         open_adapter(tmp_path / "nowhere")
+    (tmp_path / "empty" / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"empty lacks adapter_model.safetensors; save the adapter with PEFT's"):
+        open_adapter(tmp_path / "empty")
     assert not is_adapter(tiny_model_dir) and not is_adapter(tmp_path) and is_adapter(adapter)
 
 

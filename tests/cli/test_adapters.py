@@ -11,6 +11,7 @@ from tests.adapters import spoil_config, write_random_adapter
 from tests.cli.program import Invoke, draw
 from visualglm.checkpoint.adapter_dir import open_adapter
 from visualglm.checkpoint.model_dir import open_model_directory
+from visualglm.loading import builtin_path
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "a_image_b1"
 SHORT = ("--max-new-tokens", "6")
@@ -149,6 +150,8 @@ def test_convert(invoke: Invoke, tmp_path: Path):
     outcome = invoke("merge", model, tmp_path / "unknown", tmp_path / "out")
     assert "Warning: The adapter" in outcome.err and "does not say which model it belongs to" in outcome.err
     assert "is what --base is for; leave it out" in invoke("convert", GOLDEN, tmp_path / "x", "--base", model).error
+    other = invoke("convert", lora, tmp_path / "x", "--base", builtin_path())
+    assert f"The adapter {tmp_path / 'x'} does not fit the model" in other.error
     assert "leave --to and --tokenizer out" in invoke("convert", lora, tmp_path / "x", "--to", "hf").error
     assert "is not empty" in invoke("convert", lora, tmp_path / "known").error
     assert invoke("convert", lora, tmp_path / "known", "--force", "-q").code == 0

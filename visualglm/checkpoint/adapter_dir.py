@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from math import prod
@@ -140,6 +140,8 @@ def open_adapter(path: Path | str) -> AdapterDirectory:
     if not (path / PEFT_CONFIG).is_file():
         known = adapter_inside(path) or f"a folder made by `{ADAPTER.command}`, `visualglm convert` or PEFT"
         raise CheckpointError(f"{path} is no adapter: neither {MANIFEST} nor {PEFT_CONFIG} is there; give {known}.")
+    if not (path / PEFT_WEIGHTS).is_file():
+        raise CheckpointError(f"{path} lacks {PEFT_WEIGHTS}; save the adapter with PEFT's safe_serialization=True.")
     return _read(path, None, {name: hash_pieces(file_pieces(path / name)) for name in (PEFT_CONFIG, PEFT_WEIGHTS)})
 
 
@@ -188,7 +190,7 @@ def write_adapter(
     replaceable = partial(require_replaceable_as, AdapterManifest)
     with staged_folder(path, needed_bytes=needed, force=force, require_replaceable=replaceable) as folder:
         _fill(folder, files, facts)
-        written = open_adapter(folder)
+        written = replace(open_adapter(folder), path=path)
         require_finite(written)
         if base:
             require_base(written, base)
@@ -291,13 +293,14 @@ def _read_floats(path: Path) -> dict[str, StoredTensor]:
 
 def _misfits(adapter: AdapterDirectory, config: VisualGLMConfig) -> Iterator[str]:
     shapes = parameter_shapes(config)
+    linear = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
+    unknown = [module for module in adapter.lora if module not in linear or module == _NOT_LINEAR]
+    if unknown:
+        yield f"the model has no linear layer {listed(unknown)}"
     for module, pair in adapter.lora.items():
-        shape = shapes.get(f"{module}.weight", ())
         found = (pair.b.shape[0], pair.a.shape[1])
-        if len(shape) != 2 or module == _NOT_LINEAR:
-            yield f"the model has no linear layer {module}"
-        elif shape != found:
-            yield f"the pair of {module} is for {list(found)}, and its weight is {list(shape)}"
+        if module not in unknown and linear[module] != found:
+            yield f"the pair of {module} is for {list(found)}, and its weight is {list(linear[module])}"
     for name, tensor in adapter.trained.items():
         if name not in shapes:
             yield f"the model has no parameter {name}"
