@@ -1,9 +1,13 @@
 """The programs in the guide run as they stand."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.adapters import write_random_adapter
+from visualglm.loading import builtin_path
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,3 +29,16 @@ def test_the_graphs_answer_without_this_package():
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout == "一个小的红色圆形,一个小的粉色三角形,一个大的绿色菱形和文字STOP。\n"
+
+
+def test_adapters_in_python(tmp_path: Path):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "runs" / "colours").mkdir(parents=True)
+    write_random_adapter(tmp_path / "runs" / "colours" / "adapter", builtin_path())
+    first, second = python_blocks("adapters.md")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VISUALGLM_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", f"{first}\n{second}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    merged, alone, beside = done.stdout.splitlines()
+    assert alone == "None pink" and beside == f"colours {merged}" and merged != "pink"

@@ -118,7 +118,7 @@ def test_merge(invoke: Invoke, tiny_model_dir: Path, adapters: Path, picture: Pa
     assert "merged(x) = base(x) + Δ(x) in 3 layers, on random x; the largest deviation is " in outcome.out
     assert "LoRA     3 layers, rank 3, scale 2," in outcome.out
     assert answers_of(out, None, picture, "a", "b") == answers_of(tiny_model_dir, adapters / "snow", picture, "a", "b")
-    told = f"merged       the adapter snow, fingerprint {open_adapter(adapters / 'snow').fingerprint}"
+    told = f"merged       snow, fingerprint {open_adapter(adapters / 'snow').fingerprint}"
     assert told in invoke("info", out).out
     assert "is not empty" in invoke("merge", tiny_model_dir, adapters / "snow", out).error
     assert "belongs to the model tiny" in invoke("merge", out, adapters / "rain", tmp_path / "x").error
@@ -132,7 +132,7 @@ def test_merge(invoke: Invoke, tiny_model_dir: Path, adapters: Path, picture: Pa
 def test_export(invoke: Invoke, tiny_model_dir: Path, adapters: Path, picture: Path, tmp_path: Path):
     outcome = invoke("export", tiny_model_dir, tmp_path / "lite", "--adapter", adapters / "snow", "--precision", "fp32")
     assert outcome.code == 0 and f"with adapter {adapters / 'snow'}" in outcome.out
-    assert "merged       the adapter snow, fingerprint " in invoke("info", tmp_path / "lite").out
+    assert "merged       snow, fingerprint " in invoke("info", tmp_path / "lite").out
     answer = visualglm.load(tmp_path / "lite").ask(picture, QUESTION, max_new_tokens=6)
     assert [answer] == answers_of(tiny_model_dir, adapters / "snow", picture, QUESTION)
     prefixed = invoke("export", tiny_model_dir, tmp_path / "x", "--adapter", adapters / "wind")

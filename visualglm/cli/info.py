@@ -110,7 +110,7 @@ def _folder(directory: ModelDirectory | LiteDirectory, *, is_builtin: bool) -> l
         ("tokenizer", "none: it cannot be asked" if tokenizer is None else tokenizer.name),
         ("window", f"{config.text.max_sequence_length:,} tokens, {config.text.vocab_size:,} ids"),
         ("source", directory.manifest.source.format),
-        *(("merged", f"the adapter {readable(it.adapter_name)}, fingerprint {it.adapter}") for it in merged),
+        *(("merged", f"{readable(it.adapter_name)}, fingerprint {it.adapter}") for it in merged),
         ("licence", license_text.splitlines()[0]),
     ]
 
