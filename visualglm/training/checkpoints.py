@@ -63,7 +63,8 @@ def save_checkpoint(
         if rank == 0:
             shutil.rmtree(beside, ignore_errors=True)
         raise CheckpointError(
-            f"The checkpoint {final} could not be written ({error}); free some space and resume from the one before it."
+            f"The checkpoint {final} could not be written ({error}); make room, or allow larger files, and resume: "
+            "it goes on from the one before, or begins again if there is none."
         ) from error
     if rank == 0:
         for old in checkpoint_folders(folder)[:-keep]:

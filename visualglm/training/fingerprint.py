@@ -34,7 +34,7 @@ def require_same(checkpoint: Path, found: Mapping[str, Any], wanted: Mapping[str
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if names == ["processes"]:
         raise ConfigError(
-            f"{checkpoint} was written by {before['processes']} processes, and there are {now['processes']} now; "
+            f"{checkpoint} was written by a run of --nproc {before['processes']}, and this is one of {now['processes']}; "
             "resume with as many, or train into another folder."
         )
     if names:
