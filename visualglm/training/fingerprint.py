@@ -34,8 +34,8 @@ def require_same(checkpoint: Path, found: Mapping[str, Any], wanted: Mapping[str
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if names == ["processes"]:
         raise ConfigError(
-            f"{checkpoint} was written by a run of --nproc {before['processes']}, and this is one of {now['processes']}; "
-            "resume with as many, or train into another folder."
+            f"{checkpoint} was written by a run of --nproc {before['processes']}, "
+            f"and this is one of {now['processes']}; resume with as many, or train into another folder."
         )
     if names:
         differences = [f"{name} was {_shown(before, name)} and is {_shown(now, name)}" for name in names[:_SHOWN]]
