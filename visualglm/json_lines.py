@@ -11,6 +11,8 @@ from typing import Any
 from visualglm.errors import DataError
 
 _NO_PATH = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.-]*://", re.IGNORECASE)
+_ESCAPED_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -29,19 +31,30 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def json_object(where: str, line: bytes) -> dict[str, Any]:
-    """The object in one line of UTF-8; raises `DataError` if there is none."""
+    """The object in one line of UTF-8; raises `DataError` if there is none, or one with half a character in it."""
     try:
-        values = json.loads(line.decode("utf-8-sig"))
+        values = json.loads(line.decode("utf-8-sig").rstrip())
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: this is no JSON ({error}); write one JSON object on each line.") from error
+        raise DataError(f"{where}: this is no JSON ({_reason(error)}); write one JSON object on each line.") from error
     if not isinstance(values, dict):
         raise DataError(f"{where}: this is {shown(values)}, not a JSON object; write one object on each line.")
+    # Only an escape can hold half a character: the bytes themselves were found to be UTF-8.
+    half = _HALF.search(json.dumps(values, ensure_ascii=False)) if _ESCAPED_HALF.search(line) else None
+    if half:
+        raise DataError(f"{where}: {json.dumps(half[0])} is half a character; write the whole one, or leave it out.")
     return values
 
 
+def either(where: str, values: dict[str, Any], name: str, other: str) -> Any:
+    """What stands under one of two names for the same thing, or None; raises `DataError` if both do and differ."""
+    if name in values and other in values and values[name] != values[other]:
+        raise DataError(f"{where}: {name} and {other} are two names for one thing, and differ; keep one of them.")
+    return values.get(name, values.get(other))
+
+
 def image_of(where: str, values: dict[str, Any]) -> str | None:
-    """The image that a line names, under "image" or "img"; raises `DataError` if that is no name."""
-    image = values.get("image", values.get("img"))
+    """The image that a line names, under "image" or "img"; raises `DataError` if that is no name, or there are two."""
+    image = either(where, values, "image", "img")
     if image is not None and (not isinstance(image, str) or not image):
         raise DataError(f"{where}: the image is {shown(image)}; write the path of a file.")
     return image
@@ -61,3 +74,12 @@ def shown(value: object) -> str:
     """A value of JSON, in a message."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def _reason(error: ValueError | RecursionError) -> str:
+    """Why the text of one object is no JSON; the line in the file is told elsewhere."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, at character {error.pos + 1}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not in UTF-8, at byte {error.start + 1}"
+    return "nested too deep" if isinstance(error, RecursionError) else "a number of too many digits"

@@ -102,7 +102,7 @@ def test_errors_in_rows(invoke: Invoke, data: Path, tmp_path: Path):
     [
         ('{"prompt": "a", "label": "b"}\n{"img": 3}\n', "line 2"),
         ('{"prompt": "a"}\n', "line 1: there is no label"),
-        ('[{"prompt": "a", "label": ""}]', "line 1: the label"),
+        ('[{"prompt": "a", "label": ""}]', "row 1: the label"),
         ("{\n", "line 1: this is no JSON"),
         ("", "has no rows"),
         ('{"img": "missing.png", "prompt": "a", "label": "b"}\n', "missing.png does not exist"),

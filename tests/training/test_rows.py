@@ -74,7 +74,8 @@ def test_rows_of_every_kind_of_file(
     assert [(row.image, row.turns) for row in map(index.__getitem__, range(len(index)))] == EXPECTED
     assert index[1].source == tmp_path / "more" / "b.jpg"
     assert index[2].source is None
-    assert [index.where(number) for number in range(4)] == [f"{index.path}, line {line}" for line in line_numbers]
+    assert [index.places[number, 2] for number in range(4)] == line_numbers
+    assert index.is_list == content.lstrip("\ufeff \n").startswith("[")
     check_rows(index)
     again: RowIndex = pickle.loads(pickle.dumps(index))
     assert again[3] == index[3] and again.sha256 == index.sha256
@@ -92,9 +93,9 @@ def test_many_rows_are_indexed_in_little_memory(tmp_path: Path, count: int, is_l
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(index) == count
-    assert index[count - 1].turns[0][0].startswith(f"{count - 1}问") and index.where(count - 1).endswith(
-        f"line {count}"
-    )
+    assert index[count - 1].turns[0][0].startswith(f"{count - 1}问")
+    last = f"row {count} (line {count})" if is_list else f"line {count}"
+    assert index.where(count - 1) == f"{path}, {last}"
     assert kept < 30 * count and peak < 4_000_000
 
 
@@ -135,6 +136,16 @@ def test_no_file(tmp_path: Path) -> None:
         ('{"img": "a.png" "prompt": "a"}', "this is no JSON"),
         ("nothing", "this is no JSON"),
         ('"text"', 'this is "text", not a JSON object'),
+        ('{"prompt": "a\\ud800", "label": "b"}', r'"\\ud800" is half a character; write the whole one'),
+        ('{"prompt": "a", "label": ["b", "\\uDE00\\uD83D"]}', r'"\\ude00" is half a character'),
+        ('{"prompt": "a", "label": "b", "n": ' + "9" * 5000 + "}", "a number of too many digits"),
+        (
+            '{"img": "a.png", "image": "b.png", "prompt": "a", "label": "b"}',
+            "image and img are two names for one thing",
+        ),
+        ('{"prompt": "a", "question": "b", "label": "b"}', "prompt and question are two .* differ; keep one of them"),
+        ('{"prompt": "a", "label": "b", "answer": null}', "label and answer are two names"),
+        ('{"conversations": [{"from": "human", "role": "gpt", "value": "a"}]}', "from and role are two names"),
         ('{"img": "", "prompt": "a", "label": "b"}', 'the image is ""; write the path'),
         ('{"img": ["a.png"], "prompt": "a", "label": "b"}', r'the image is \["a.png"\]'),
         ('{"img": "https://x.org/a.png", "prompt": "a", "label": "b"}', "an address; download it and write the path"),
@@ -169,14 +180,41 @@ def test_what_is_wrong_with_a_row_is_told_by_its_line(write: Callable[..., RowIn
 
 def test_what_is_wrong_in_a_list_is_told_by_its_line(write: Callable[..., RowIndex]) -> None:
     index = write('[\n{"prompt": "a", "label": "b"},\n{"prompt":\n "a"},\n3,\n{"a": 1} {"b": 2},\n]')
-    told = ["line 3: there is no label", "line 5: this is 3", "line 6: this is no JSON", "line 7: this is no JSON"]
+    told = [
+        "row 2 (line 3): there is no label",
+        "row 3 (line 5): this is 3",
+        "row 4 (line 6): this is no JSON (Extra data, at character 10)",
+        "row 5 (line 7): this is no JSON",
+    ]
     assert len(index) == 5
     for number, message in enumerate(told, 1):
         assert message in fault(index, number)
 
 
+def test_rows_of_a_list_on_one_line_are_told_by_their_number(write: Callable[..., RowIndex]) -> None:
+    index = write('[{"prompt": "a", "label": "b"}, {"prompt": "a"}, {"prompt": "a", "label": ""}]')
+    assert fault(index, 1) == f"{index.path}, row 2: there is no label; write one, or conversations."
+    with pytest.raises(DataError, match=r"2 bad rows of 3:\nrow 2: there is .*\nrow 3: the label is"):
+        check_rows(index)
+
+
+def test_one_thing_may_be_said_twice_alike(write: Callable[..., RowIndex]) -> None:
+    row = {"img": "a.png", "image": "a.png", "prompt": "a", "question": "a", "label": ["b", "c"], "answer": ["b", "c"]}
+    assert write(lines([row]))[0].turns == (("a", "b"),)
+
+
+def test_whole_characters_may_be_escaped(write: Callable[..., RowIndex]) -> None:
+    assert write('{"prompt": "\\ud83d\\ude00 \\\\ud800", "label": "b"}')[0].turns == (("😀 \\ud800", "b"),)
+
+
 def test_bytes_that_are_no_text(write: Callable[..., RowIndex]) -> None:
-    assert "line 2: this is no JSON" in fault(write(lines(ROWS[:1]).encode() + b'{"prompt": "\xff\xfe"}'), 1)
+    index = write(lines(ROWS[:1]).encode() + b'{"prompt": "\xff\xfe"}')
+    assert "line 2: this is no JSON (not in UTF-8, at byte 13);" in fault(index, 1)
+
+
+def test_places_in_a_line_do_not_contradict_that_of_the_line(write: Callable[..., RowIndex]) -> None:
+    index = write(lines(ROWS[:1]) + '{"prompt": "a", "label": "b"\n' + lines(ROWS[:1]))
+    assert "line 2: this is no JSON (Expecting ',' delimiter, at character 29); write" in fault(index, 1)
 
 
 def test_messages_of_several_programs(write: Callable[..., RowIndex]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visualglm.errors import DataError, ImageError
-from visualglm.json_lines import image_of, is_address, json_object, shown
+from visualglm.json_lines import either, image_of, is_address, json_object, shown
 from visualglm.processing.image import check_image
 from visualglm.processing.prompt import Turn
 
@@ -59,11 +59,13 @@ class RowIndex:
 
     sha256: of the whole file, so that a resumed run can tell whether it is still the same.
     places: int64 [rows, 3], of each row its first byte, the byte after its last, and its line counted from 1
+    is_list: whether the file is a JSON list
     """
 
     path: Path
     sha256: str
     places: NDArray[np.int64]
+    is_list: bool
 
     def __len__(self) -> int:
         return len(self.places)
@@ -81,8 +83,11 @@ class RowIndex:
         return _row(where, json_object(where, text), self.path.parent)
 
     def where(self, number: int) -> str:
-        """ "FILE, line N" of a row, for messages."""
-        return f"{self.path}, line {self.places[number, 2]}"
+        """ "FILE, line N" of a row, for messages; in a list, of which one line may hold many, "FILE, row N"."""
+        line = self.places[number, 2]
+        if not self.is_list:
+            return f"{self.path}, line {line}"
+        return f"{self.path}, row {number + 1}" + (f" (line {line})" if self.places[-1, 2] > 1 else "")
 
 
 def open_rows(path: Path) -> RowIndex:
@@ -92,14 +97,15 @@ def open_rows(path: Path) -> RowIndex:
         raise DataError(f"{path} {fault}; give a file of rows, as JSONL or a JSON list.")
     try:
         with open(path, "rb") as file:
-            places = np.fromiter(chain.from_iterable(_places(path, file)), np.int64).reshape(-1, 3)
+            is_list, found = _places(path, file)
+            places = np.fromiter(chain.from_iterable(found), np.int64).reshape(-1, 3)
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise _unreadable(path, error) from error
     if not len(places):
         raise DataError(f'{path} has no rows; write {{"img": …, "prompt": …, "label": …}} on each line.')
-    return RowIndex(path, sha256, places)
+    return RowIndex(path, sha256, places, is_list)
 
 
 def check_rows(
@@ -146,18 +152,19 @@ def _unreadable(path: Path, error: OSError) -> DataError:
 # --- where rows are ---------------------------------------------------------------------------------------------------
 
 
-def _places(path: Path, file: BinaryIO) -> Iterator[tuple[int, int, int]]:
-    """First byte, byte after the last, and line of each row."""
+def _places(path: Path, file: BinaryIO) -> tuple[bool, Iterator[tuple[int, int, int]]]:
+    """Whether the file is a list; and first byte, byte after the last, and line of each row."""
     if os.fstat(file.fileno()).st_size == 0:
-        return
+        return False, iter(())
     data = mmap(file.fileno(), 0, access=ACCESS_READ)
     if data[:2] in _UTF16:
         raise DataError(f"{path} is in UTF-16; save it as UTF-8.")
     opening = _LIST.match(data)
     if opening is None:
-        yield from _line_places(file)
-    elif not _LIST_END.match(data, opening.end()):
-        yield from _list_places(path, data, opening.end())
+        return False, _line_places(file)
+    if _LIST_END.match(data, opening.end()):
+        return True, iter(())
+    return True, _list_places(path, data, opening.end())
 
 
 def _line_places(file: BinaryIO) -> Iterator[tuple[int, int, int]]:
@@ -241,7 +248,7 @@ def _require_no_image(where: str, values: dict[str, Any]) -> None:
 def _value(where: str, name: str, values: dict[str, Any], other_name: str) -> object:
     if name not in values and other_name not in values:
         raise DataError(f"{where}: there is no {name}; write one, or conversations.")
-    return values.get(name, values.get(other_name))
+    return either(where, values, name, other_name)
 
 
 def _checked_text(where: str, what: str, text: object) -> str:
@@ -279,7 +286,7 @@ def _texts_of_pairs(where: str, pairs: Sequence[list[Any]]) -> list[Any]:
 
 def _message(where: str, place: int, message: object) -> Any:
     values = message if isinstance(message, dict) else {}
-    speaker, text = (values.get(name, values.get(other)) for name, other in (("from", "role"), ("value", "content")))
+    speaker, text = (either(where, values, *names) for names in (("from", "role"), ("value", "content")))
     if speaker not in _SPEAKERS[place % 2]:
         raise DataError(
             f"{where}: message {place + 1} of conversations is {shown(message)}, but must be by "
