@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,6 +68,20 @@ def test_kill_9(share: float, tiny_model_dir: Path, tmp_path: Path, entries: Cal
         export_onnx(open_model_directory(tiny_model_dir), tmp_path / name, ExportOptions("int4"), force=True)
         assert verify_lite(tmp_path / name).precision == "int4"
     assert entries(tmp_path) == ["new", "whole"]
+
+
+def test_sigterm_leaves_nothing(builtin_model_dir: Path, tmp_path: Path, entries: Callable[[Path], list[str]]):
+    """Also when it comes twice, as `timeout` sends it to a process and to its group."""
+    process = spawn("export", builtin_model_dir, tmp_path / "lite", "--method", "gptq", "--quiet")
+    deadline = time.monotonic() + 60
+    while not (partial := tmp_path / ".lite.partial").is_dir() or not any(partial.iterdir()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+    outcome = finish(process)
+    assert (outcome.code, outcome.out, outcome.err) == (143, "", "visualglm: terminated\n")
+    assert entries(tmp_path) == []
 
 
 @pytest.mark.parametrize("limit", [1_000, 30_000, 100_000])

@@ -138,13 +138,16 @@ def test_output_on_a_full_disk(tiny_model_dir: Path):
     )
 
 
-def test_ctrl_c(tiny_model_dir: Path):
+@pytest.mark.parametrize(
+    ("how", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_ctrl_c_and_sigterm(tiny_model_dir: Path, how: signal.Signals, code: int, said: str):
     process = spawn("chat", "--model", tiny_model_dir, "--backend", "torch")
     assert process.stderr
     assert process.stderr.readline().startswith("loaded ")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     outcome = finish(process)
-    assert (outcome.code, outcome.out, outcome.err) == (130, "", "visualglm: interrupted\n")
+    assert (outcome.code, outcome.out, outcome.err) == (code, "", f"visualglm: {said}\n")
 
 
 @pytest.mark.parametrize("module", ["visualglm.cli.program", "traceback", "typer", "numpy"])

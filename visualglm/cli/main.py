@@ -6,10 +6,11 @@ EXIT_INTERRUPTED = 130
 
 
 def main() -> None:
-    """Exits with 0; 1: an error the user can mend; 2: wrong usage; 130: Ctrl-C; 70: a fault in the program."""
+    """Exits with 0; 1: what a user can mend; 2: wrong usage; 70: a fault in the program; 130: Ctrl-C; 143: SIGTERM."""
     try:
-        from visualglm.cli.program import run
+        from visualglm.cli.program import end_in_order_on_sigterm, run
 
+        end_in_order_on_sigterm()
         code = run(sys.argv[1:])
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from types import FrameType
 
 from visualglm.cli.main import EXIT_INTERRUPTED
 from visualglm.cli.output import discard, print_error, print_note
 from visualglm.errors import DISK_FULL, VisualGLMError
 
-EXIT_ERROR, EXIT_FAULT = 1, 70
+EXIT_ERROR, EXIT_FAULT, EXIT_TERMINATED = 1, 70, 143
+_STOPPED = {EXIT_INTERRUPTED: "interrupted", EXIT_TERMINATED: "terminated"}
 DEBUG_VARIABLE = "VISUALGLM_DEBUG"
+
+
+def end_in_order_on_sigterm() -> None:
+    """From now on SIGTERM ends this process as Ctrl-C does, with nothing half-written; where ignored, it stays so."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _end)
 
 
 def run(arguments: Sequence[str]) -> int | str | None:
@@ -33,7 +42,7 @@ def run(arguments: Sequence[str]) -> int | str | None:
     try:
         return _run_command(arguments)
     except KeyboardInterrupt:
-        return _interrupted()
+        return _stopped(EXIT_INTERRUPTED)
     except BrokenPipeError:
         discard(sys.stdout)
         return EXIT_ERROR
@@ -65,16 +74,22 @@ def _run_command(arguments: Sequence[str]) -> int | str | None:
 
         command_table().main(list(arguments), prog_name="visualglm")
     except SystemExit as end:
-        return _interrupted() if end.code == EXIT_INTERRUPTED else end.code
+        return _stopped(end.code) if end.code in _STOPPED else end.code
     finally:
         # Not left to the interpreter's end, where an error could no longer be told properly.
         sys.stdout.flush()
     return 0
 
 
-def _interrupted() -> int:
-    print_note("visualglm: interrupted")
-    return EXIT_INTERRUPTED
+def _end(number: int, frame: FrameType | None) -> None:
+    # It often comes twice, to a process and to its group: the second must not end the clearing up.
+    signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(EXIT_TERMINATED)
+
+
+def _stopped(code: int) -> int:
+    print_note(f"visualglm: {_STOPPED[code]}")
+    return code
 
 
 def _sentence(error: VisualGLMError | OSError) -> str:
