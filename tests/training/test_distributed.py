@@ -55,7 +55,7 @@ def test_two_processes_resume_to_the_same_bits(tmp_path: Path, whole: Path) -> N
 
 
 def test_a_run_of_two_processes_is_not_resumed_by_one(whole: Path) -> None:
-    with pytest.raises(ConfigError, match="was written by a run of --nproc 2, and this is one of 1; resume with as many"):
+    with pytest.raises(ConfigError, match="by a run of --nproc 2, and this is one of 1; resume with as many"):
         make_trainer(whole).resume()
 
 

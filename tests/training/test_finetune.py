@@ -253,7 +253,7 @@ except VisualGLMError as error:
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 1
-    assert "the disk is full); mend that, and --resume goes on from the last checkpoint." in run.stderr
+    assert "step-00000010 could not be written" in run.stderr
     assert [path.name for path in (full / "checkpoints").iterdir()] == ["step-00000005"]
     finetune(asked, full, resume=True, device="cpu")
     name = "adapter/adapter_model.safetensors"

@@ -153,6 +153,9 @@ def _source(recipe: Path | None, output: Path, *, resume: bool, given: bool) -> 
 
 
 def _run(recipe: FinetuneRecipe, output: Path, device: str, resume: bool, messages: Messages) -> None:
+    # Read when torch is loaded. Of its warnings one would be told in every process: that DDP looked for parameters
+    # without a gradient, and in the first step there were none.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from visualglm.training.finetune import finetune as train
 
     if recipe.model is None:

@@ -5,8 +5,11 @@ All of it is a function of the step alone, so that a resumed run, or one of anot
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import TypeVar, cast
 
@@ -17,6 +20,7 @@ from visualglm.config import TextConfig
 from visualglm.errors import DataError, VisualGLMError
 from visualglm.processing.layout import Layout, pad_batch
 from visualglm.training.examples import IGNORED_LABEL, ExampleDataset, TrainingItem
+from visualglm.training.launch import die_with
 
 Ints = NDArray[np.int64]
 T = TypeVar("T")
@@ -147,13 +151,15 @@ def step_batches(
         sampler=(_share(sampler.step(step), rank, world_size, batch_size) for step in steps),
         num_workers=workers,
         collate_fn=_unchanged,
+        worker_init_fn=partial(_die_with, os.getpid()),
         # Its own: from the global one it would draw a number, and a resumed run would go on with another dropout.
         generator=torch.Generator(),
     )
-    for loaded in _told_of_dead_workers(loader):
-        if isinstance(loaded, VisualGLMError):
-            raise loaded
-        yield loaded
+    with dead_workers_named():
+        for loaded in loader:
+            if isinstance(loaded, VisualGLMError):
+                raise loaded
+            yield loaded
 
 
 def _share(examples: Ints, rank: int, world_size: int, batch_size: int) -> _Share:
@@ -181,9 +187,11 @@ class _StepLoader:
         return collate(items, text) if items else collate([self.dataset[stand_in]], text, learns=False)
 
 
-def _told_of_dead_workers(loader: Iterable[T]) -> Iterator[T]:
+@contextmanager
+def dead_workers_named() -> Iterator[None]:
+    """Turns what torch raises, wherever this process is just then, when a worker has died into a `DataError`."""
     try:
-        yield from loader
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -191,6 +199,11 @@ def _told_of_dead_workers(loader: Iterable[T]) -> Iterator[T]:
             f"A process that reads rows has died ({error}), maybe for want of memory; "
             "set data.workers lower, or to 0 for none."
         ) from error
+
+
+def _die_with(parent: int, worker: int) -> None:
+    """Workers wait for one another by locks, and those of a process that was killed may wait for ever."""
+    die_with(parent)
 
 
 def _unchanged(loaded: T) -> T:

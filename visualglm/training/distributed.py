@@ -52,6 +52,11 @@ class Processes:
     def device(self) -> torch.device:
         return torch.device(self.accelerator.device)
 
+    @property
+    def device_name(self) -> str:
+        """For messages: there is but one CPU, whatever its number."""
+        return "cpu" if self.device.type == "cpu" else str(self.device)
+
     def wait(self) -> None:
         """Until all processes are here."""
         self.accelerator.wait_for_everyone()

@@ -25,7 +25,7 @@ from visualglm.loading import BUILTIN_NAME, builtin_path
 from visualglm.memory import gib
 from visualglm.parameters import parameter_count
 from visualglm.processing.tokenizer import Tokenizer
-from visualglm.training.batches import Batch
+from visualglm.training.batches import Batch, dead_workers_named
 from visualglm.training.distributed import Processes, join_processes, lost_process_named, shard
 from visualglm.training.fingerprint import newest_of_run
 from visualglm.training.image_cache import ImageCache
@@ -90,7 +90,7 @@ def finetune(
     """
     processes = join_processes(device)
     folder = RunFolder(output)
-    with lost_process_named(), _disk_named(output):
+    with lost_process_named(), dead_workers_named(), _disk_named(output):
         processes.first_does(lambda: folder.require_free(resume=resume))
         _Run(recipe, folder, processes, (ui or Silent()) if processes.is_first else Silent()).run()
     processes.leave()
@@ -202,7 +202,7 @@ class _Run:
             image_encoder=with_encoder,
             shards=self.processes.world_size if self.is_sharded else 1,
         )
-        return require_training_memory(case, available, str(device)), available
+        return require_training_memory(case, available, self.processes.device_name), available
 
     def _data(self, planned: PlannedData) -> RunData:
         directory = self.base.directory
@@ -257,7 +257,7 @@ class _Run:
         total = parameter_count(self.base.directory.config)
         needed, available = memory
         self.ui.tell(f"{trained:,} parameters are trained, {trained / total:.3%} beside the model's {total:,}.")
-        self.ui.tell(f"Memory: {needed}; {gib(available)} are free on {self.processes.device}, in {self.dtype}.")
+        self.ui.tell(f"Memory: {needed}; {gib(available)} are free on {self.processes.device_name}, in {self.dtype}.")
         held_out = len(data.validation) if data.validation else 0
         count = self.processes.world_size
         self.ui.tell(

@@ -53,7 +53,7 @@ def launch(arguments: Sequence[str], count: int) -> int:
             return code
         raise DeviceError(
             f"Process {failed.rank} of {count} {_end_of(failed)}; the others were stopped, "
-            "and --resume goes on from the last checkpoint."
+            "and --resume goes on from the last checkpoint, if there is one."
         )
 
 
@@ -61,11 +61,16 @@ def die_with_launcher() -> None:
     """End this process soon after the one that launched it, if one did and it should be killed."""
     launcher = os.environ.get(_LAUNCHER)
     if launcher is not None:
-        threading.Thread(target=_watch, args=(int(launcher),), daemon=True, name="launcher-watch").start()
+        die_with(int(launcher))
 
 
-def _watch(launcher: int) -> None:
-    while os.getppid() == launcher:
+def die_with(parent: int) -> None:
+    """End this process, whatever it does, a second after its parent: also one that waits for a lock or a pipe."""
+    threading.Thread(target=_watch, args=(parent,), daemon=True, name="parent-watch").start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
@@ -87,9 +92,8 @@ def _environment(rank: int, count: int, port: int) -> Mapping[str, str]:
         "MASTER_PORT": port,
         _LAUNCHER: os.getpid(),
     }
-    # Of the library's warnings, only one would be seen: that no gradient was missing in a step, though one might have.
-    defaults = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    return defaults | os.environ | {name: str(value) for name, value in found.items()}
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
+    return threads | os.environ | {name: str(value) for name, value in found.items()}
 
 
 def _start(arguments: Sequence[str], rank: int, environment: Mapping[str, str], folder: Path) -> _Worker:
@@ -113,7 +117,7 @@ def _first_to_fail(workers: Sequence[_Worker]) -> _Worker | None:
         ended = [worker for worker in running if worker.process.poll() is not None]
         failed = [worker for worker in ended if worker.process.returncode]
         if failed:
-            return min(failed, key=lambda worker: worker.process.returncode > 0)
+            return min(failed, key=lambda worker: (worker.process.returncode > 0, worker.rank))
         running = [worker for worker in running if worker not in ended]
         time.sleep(_POLL_SECONDS)
     return None
@@ -137,4 +141,4 @@ def _end_of(worker: _Worker) -> str:
         return f"was killed by signal {-code} ({signal.strsignal(-code)})"
     lines = worker.errors.read_text("utf-8", "replace").split("\n") if worker.errors else []
     said = next((line.strip() for line in reversed(lines) if line.strip()), f"with exit code {code}")
-    return f"failed: {said.removeprefix('visualglm: ').rstrip('.')}"
+    return f"failed: {said.removeprefix('visualglm: ').removeprefix('error: ').rstrip('.')}"
