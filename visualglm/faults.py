@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -26,22 +27,26 @@ _KINDS = {
     "tuple": "a list",
     "dict": "a table of names and values",
     "model": "a table of names and values",
+    "list": "a list",
     "dataclass": "a table of names and values",
 }
+# Where a word was understood as a number, it is told as one.
+_OF_NUMBERS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 _UNKNOWN_KEYS = ("extra_forbidden", "unexpected_keyword_argument", "invalid_key")
 
 
 def first_fault(error: ValidationError) -> str:
     """The first fault in `error` as a clause: "text.hidden_size is 0, but must be at least 1"."""
     fault = error.errors()[0]
-    where = ".".join(str(part) for part in fault["loc"]) or "it"
+    where = _place(fault["loc"])
     if fault["type"] in _UNKNOWN_KEYS:
         return f"the key {where} is unknown"
     if fault["type"] == "value_error":
         return fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "missing":
         return f"{where} is missing"
-    return f"{where} is {brief(fault['input'])}, but must be {_must_be(fault['type'], fault.get('ctx', {}))}"
+    given = _given(fault["type"], fault["input"])
+    return f"{where} is {given}, but must be {_must_be(fault['type'], fault.get('ctx', {}))}"
 
 
 def brief(value: object) -> str:
@@ -50,6 +55,21 @@ def brief(value: object) -> str:
         return f"{value!r:.80}"
     except ValueError:  # Python spells out no whole number of more than 4,300 digits
         return "a huge number"
+
+
+def _place(parts: Sequence[str | int]) -> str:
+    """ "tune.lora_rank", or "tune.methods (entry 1)"."""
+    *start, last = parts or ("it",)
+    if start and isinstance(last, int):
+        return f"{'.'.join(map(str, start))} (entry {last + 1})"
+    return ".".join(map(str, [*start, last]))
+
+
+def _given(kind: str, value: object) -> str:
+    """A value as it was written, whether by a word of the command line or in a file."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.80}" if kind in _OF_NUMBERS and isinstance(value, str) else brief(value)
 
 
 def _must_be(kind: str, limits: dict[str, Any]) -> str:

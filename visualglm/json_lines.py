@@ -33,7 +33,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def json_object(where: str, line: bytes) -> dict[str, Any]:
     """The object in one line of UTF-8; raises `DataError` if there is none, or one with half a character in it."""
     try:
-        values = json.loads(line.decode("utf-8-sig").rstrip())
+        values = json.loads(line.decode("utf-8-sig").rstrip(" \t\r\n"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: this is no JSON ({_reason(error)}); write one JSON object on each line.") from error
     if not isinstance(values, dict):

@@ -138,12 +138,26 @@ def test_without_a_manifest_shapes_decide(adapter: Path, tiny_model_dir: Path, b
         ({"r": 4}, r"lora_A of text.layers.0.attention.qkv is \[3, 32\] and not of rank 4"),
         ({"r": 0}, "r is 0, but must be at least 1"),
         ({"r": "3"}, "r is '3', but must be a whole number"),
-        ({"r": True}, "r is True, but must be a whole number"),
+        ({"r": True}, "r is true, but must be a whole number"),
         ({"r": 10**30}, "r is .*, but must be at most 262,144"),
-        ({"r": None}, "r is None, but must be a whole number"),
+        ({"r": None}, "r is none, but must be a whole number"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan, but must be a finite number"),
         ({"lora_alpha": 1e30}, "lora_alpha is 1e.30, but must be at most 1,000,000"),
-        ({"lora_alpha": "much"}, "lora_alpha is 'much', but must be a number"),
+        ({"lora_alpha": "128"}, "lora_alpha is '128', but must be a number"),
+        ({"use_rslora": "yes"}, "use_rslora is 'yes', but must be true or false"),
+        (
+            {"r": 4},
+            r"says: lora_A of .*, lora_B of .*, lora_A of text.layers.1.attention.proj .* of rank 4 and 3 more\.$",
+        ),
+        ({"target_modules": ["qkv", "proj"]}, "target_modules does not name text.layers.1.mlp.fc1, of which there are"),
+        ({"target_modules": "qkv"}, r"does not name text.layers.1.attention.proj, text.layers.1.mlp.fc1, of which"),
+        (
+            {"target_modules": ["qkv", "proj", "fc1", "text.layers.9.mlp.fc1"]},
+            "there are no weights of text.layers.9.mlp.fc1, which target_modules names",
+        ),
+        ({"target_modules": "(a+)+$"}, r"by the expression '\(a\+\)\+\$'; name each module in its target_modules"),
+        ({"target_modules": [3]}, r"target_modules \(entry 1\) is 3, but must be text"),
+        ({"target_modules": {"qkv": 1}}, "target_modules is .*, but must be a list"),
         ({"rank_pattern": {"text.layers.0.attention.qkv": 5}}, "qkv is .* and not of rank 5"),
         ({"rank_pattern": {".*": 3}}, r"names modules by the expression '\.\*'"),
         ({"alpha_pattern": {"(a+)+$": 3}}, "names modules by the expression"),
@@ -208,6 +222,7 @@ def test_what_does_not_fit_the_model(
     name: str, tensors: dict[str, Any], message: str, adapter: Path, tiny_model_dir: Path
 ):
     spoil_tensors(adapter, f"{name}.safetensors", **tensors)
+    spoil_config(adapter, target_modules=None)
     opened = open_adapter(adapter)
     with pytest.raises(CheckpointError, match=message):
         require_base(opened, open_model_directory(tiny_model_dir))
@@ -266,6 +281,12 @@ def test_files_that_are_missing_changed_or_of_another_time(adapter: Path, tiny_m
     with pytest.raises(CheckpointError, match=r"empty lacks adapter_model.safetensors; save the adapter with PEFT's"):
         open_adapter(tmp_path / "empty")
     assert not is_adapter(tiny_model_dir) and not is_adapter(tmp_path) and is_adapter(adapter)
+
+
+@pytest.mark.parametrize("targets", [["qkv", "proj", "fc1"], ["attention.qkv", "proj", "1.mlp.fc1", "fc1"], None])
+def test_modules_are_named_by_their_ends(targets: list[str] | None, adapter: Path):
+    spoil_config(adapter, target_modules=targets)
+    assert set(open_adapter(adapter).lora) == set(MODULES)
 
 
 def test_patterns_match_as_in_peft():

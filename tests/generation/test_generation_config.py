@@ -54,7 +54,7 @@ def test_options_are_taken_in_any_likely_form():
         ({"stop": ["a", ""]}, r"stop holds an empty text, but a stop string must not be empty\."),
         ({"stop": 5}, r"stop is 5, but must be a list\."),
         ({"eos_token_id": -1}, r"eos_token_id is -1, but must be "),
-        ({"suppress_tokens": [4, -1]}, r"suppress_tokens\.1 is -1, but must be at least 0\."),
+        ({"suppress_tokens": [4, -1]}, r"suppress_tokens \(entry 2\) is -1, but must be at least 0\."),
     ],
 )
 def test_faults_are_told_in_one_sentence(options: dict[str, object], message: str):

@@ -88,7 +88,10 @@ STAGE: dict[str, Any] = {
         ({"sed": 1}, "the key sed is unknown."),
         ({"seed": "x"}, "seed is 'x', but must be a whole number."),
         ({"model": {"vision": {"image_size": 113}}}, "image_size 113 is not a multiple of vision.patch_size 14."),
-        ({"stages": [STAGE | {"learns": ["nose"]}]}, "stages.0.learns.0 is 'nose', but must be 'vision', 'qformer'"),
+        (
+            {"stages": [STAGE | {"learns": ["nose"]}]},
+            "stages.0.learns (entry 1) is 'nose', but must be 'vision', 'qformer'",
+        ),
         ({"stages": [STAGE | {"loop": 4}]}, "stages.0.loop is 4, but must be a table of names and values."),
         ({"stages": [STAGE | {"loop": {}}]}, "stages.0.loop.total_steps is missing."),
         ({"stages": [STAGE | {"loop": STAGE["loop"] | {"steps": 1}}]}, "the key stages.0.loop.steps is unknown."),

@@ -58,7 +58,7 @@ def test_a_layer_range_of_another_kind_is_told_in_one_sentence(wrong: object) ->
         ({"methods": ["lora", "qlora"]}, "tune.methods names lora and qlora, which is lora over a base in few bits"),
         ({"methods": ["lora", "lora"]}, "tune.methods names the same twice: lora, lora"),
         ({"layer_range": [3, 3]}, "tune.layer_range names the same twice: 3, 3"),
-        ({"target_modules": "qkv,mlp"}, "target_modules.1 is 'mlp', but must be 'qkv', 'proj', 'fc1' or 'fc2'"),
+        ({"target_modules": "qkv,mlp"}, "target_modules (entry 2) is 'mlp', but must be 'qkv', 'proj', 'fc1' or 'fc2'"),
         ({"base_bits": 3}, "base_bits is 3, but must be 4 or 8"),
     ],
 )

@@ -122,6 +122,21 @@ def test_a_file_that_is_none_of_ours_is_told(tmp_path: Path) -> None:
         read_recipe(tmp_path / "binary.yaml")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("tune.methods", "lora,x", r"tune\.methods \(entry 2\) is 'x', but must be 'lora', "),
+        ("data.held_out", "1", r"data\.held_out is 1, but must be below 1\."),
+        ("tune.lora_rank", "-3", r"tune\.lora_rank is -3, but must be above 0\."),
+        ("tune.lora_rank", "many", r"tune\.lora_rank is 'many', but must be a whole number\."),
+        ("tune.target_modules", "none", r"tune\.target_modules is none, but must be a list\."),
+    ],
+)
+def test_a_setting_is_told_as_it_was_written(key: str, value: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        read_recipe(None, {"data.train": "a", key: value})
+
+
 def test_an_unknown_setting_is_named() -> None:
     with pytest.raises(ConfigError, match=r"the key optimizer\.lr is unknown; write optimizer\.learning_rate or"):
         read_recipe(None, {"data.train": "a", "optimizer.lr": "1"})

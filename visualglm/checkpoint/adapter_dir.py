@@ -50,6 +50,7 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 TRAINED, PREFIX = "trained.safetensors", "prefix.safetensors"
 
 _OVERHEAD_BYTES = 1_000_000
+_MOST_FAULTS = 3
 _LORA_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 # Looked up, not multiplied.
 _NOT_LINEAR = "text.word_embeddings"
@@ -263,8 +264,9 @@ def _read_lora(path: Path, settings: LoraSettings) -> dict[str, LoraPair]:
             unknown.append(name)
     faults = [f"{name} is no part of a LoRA pair" for name in unknown]
     faults += [fault for name, pair in pairs.items() for fault in _pair_faults(name, pair, settings.rank(name))]
-    if faults or not pairs:
-        raise CheckpointError(f"{path} is not what its {PEFT_CONFIG} says: {listed(faults) or 'it is empty'}.")
+    faults += settings.target_faults(pairs) if pairs else ["it is empty"]
+    if faults:
+        raise CheckpointError(f"{path} is not what its {PEFT_CONFIG} says: {listed(faults, _MOST_FAULTS)}.")
     return {name: LoraPair(pair["A"], pair["B"], settings.scale(name)) for name, pair in pairs.items()}
 
 

@@ -13,10 +13,10 @@ from visualglm.parameters import Shape
 _MOST_LISTED = 10
 
 
-def listed(names: Collection[str]) -> str:
-    """`names` with commas, at most ten of them and the number of the rest."""
-    shown = ", ".join(readable(name) for name in list(names)[:_MOST_LISTED])
-    return shown if len(names) <= _MOST_LISTED else f"{shown} and {len(names) - _MOST_LISTED} more"
+def listed(names: Collection[str], most: int = _MOST_LISTED) -> str:
+    """`names` with commas, at most `most` of them and the number of the rest."""
+    shown = ", ".join(readable(name) for name in list(names)[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def check_tensors(where: Path, found: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from math import sqrt
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from visualglm.checkpoint.checks import listed
 from visualglm.errors import CheckpointError
 from visualglm.faults import brief, first_fault
 
@@ -19,6 +20,7 @@ Rank = Annotated[int, Field(strict=True, ge=1, le=2**18)]
 # Far beyond any that was meant, and small enough that no weight overflows by it.
 Alpha = Annotated[float, Field(ge=-1e6, le=1e6)]
 
+_MOST_TOLD = 3
 _PLAIN_MODULE = re.compile(r"\w+(\.\w+)*")
 # Settings that change what is computed, and the values with which an adapter is two matrices beside a weight.
 _SUPPORTED: Mapping[str, tuple[object, ...]] = {
@@ -44,10 +46,14 @@ _MUST_BE_UNSET = (
 )
 
 
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
 class LoraSettings(BaseModel):
     """What PEFT's configuration says about the result, by PEFT's names; the rest of it is kept as it is."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow", allow_inf_nan=False)
 
     r: Rank
     lora_alpha: Alpha
@@ -55,6 +61,7 @@ class LoraSettings(BaseModel):
     use_rslora: bool = False
     rank_pattern: dict[str, Rank] | None = None
     alpha_pattern: dict[str, Alpha] | None = None
+    target_modules: Annotated[list[str] | None, BeforeValidator(_as_list)] = None
 
     def rank(self, module: str) -> int:
         """Of the pair of `module`."""
@@ -64,6 +71,18 @@ class LoraSettings(BaseModel):
         """What the product of the pair of `module` is multiplied with."""
         rank = self.rank(module)
         return _by_pattern(self.alpha_pattern, module, self.lora_alpha) / (sqrt(rank) if self.use_rslora else rank)
+
+    def target_faults(self, modules: Collection[str]) -> Iterator[str]:
+        """Clauses about `target_modules` and the names of modules that have weights, where they do not agree."""
+        if self.target_modules is None:
+            return
+        targets, ends = set(self.target_modules), {module: _ends(module) for module in modules}
+        empty = sorted(targets.difference(*ends.values()))
+        if empty:
+            yield f"there are no weights of {listed(empty, _MOST_TOLD)}, which target_modules names"
+        others = [module for module in modules if targets.isdisjoint(ends[module])]
+        if others:
+            yield f"target_modules does not name {listed(others, _MOST_TOLD)}, of which there are weights"
 
 
 def read_lora_settings(values: Mapping[str, Any], where: Path | str) -> LoraSettings:
@@ -81,11 +100,12 @@ def read_lora_settings(values: Mapping[str, Any], where: Path | str) -> LoraSett
         settings = LoraSettings.model_validate(values)
     except ValidationError as error:
         raise CheckpointError(f"{where} is not valid: {first_fault(error)}; get the adapter again.") from error
-    for pattern in (*(settings.rank_pattern or ()), *(settings.alpha_pattern or ())):
-        if not _PLAIN_MODULE.fullmatch(pattern):
-            raise CheckpointError(
-                f"{where} names modules by the expression {brief(pattern)}; name each module in its patterns."
-            )
+    for name in ("rank_pattern", "alpha_pattern", "target_modules"):
+        for module in getattr(settings, name) or ():
+            if not _PLAIN_MODULE.fullmatch(module):
+                raise CheckpointError(
+                    f"{where} names modules by the expression {brief(module)}; name each module in its {name}."
+                )
     return settings
 
 
@@ -113,6 +133,12 @@ def peft_values(
         "init_lora_weights": True,
         "use_rslora": False,
     }
+
+
+def _ends(module: str) -> set[str]:
+    """What PEFT takes for the name of `module`: "a.b.c", "b.c" and "c"."""
+    parts = module.split(".")
+    return {".".join(parts[start:]) for start in range(len(parts))}
 
 
 def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
