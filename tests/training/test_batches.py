@@ -1,10 +1,14 @@
 import json
+import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -217,3 +221,34 @@ def test_a_worker_that_dies_is_told(dataset: ExampleDataset, tiny_config: Visual
     batches: Iterator[list[Batch]] = step_batches(deadly, sampler(dataset), stop_step=6, batch_size=4, workers=1)
     with pytest.raises(DataError, match=r"^A process that reads rows has died .* set data\.workers lower"):
         list(batches)
+
+
+def _read_for_ever(dataset: ExampleDataset, started: Connection) -> None:
+    batches = step_batches(dataset, sampler(dataset), batch_size=4, workers=2)
+    next(batches)
+    started.send([worker.pid for worker in multiprocessing.active_children()])
+    for _ in batches:
+        pass
+
+
+def test_workers_end_with_the_process_they_read_for(dataset: ExampleDataset) -> None:
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    reader = context.Process(target=_read_for_ever, args=(dataset, sender))
+    reader.start()
+    workers = receiver.recv()
+    reader.kill()
+    reader.join()
+    deadline = time.monotonic() + 10
+    while any(_is_alive(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(workers) == 2
+
+
+def _is_alive(pid: int) -> bool:
+    """Where nobody waits for orphans, they stay as zombies."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
