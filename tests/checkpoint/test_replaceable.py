@@ -1,11 +1,14 @@
 """What --force may delete."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from visualglm.checkpoint.adapter_dir import AdapterManifest
 from visualglm.checkpoint.convert import convert
-from visualglm.checkpoint.replaceable import require_replaceable
+from visualglm.checkpoint.manifest import Manifest
+from visualglm.checkpoint.replaceable import require_replaceable, require_replaceable_as
 from visualglm.errors import CheckpointError
 
 
@@ -31,6 +34,19 @@ def test_a_folder_in_the_place_of_a_file_is_kept(model_dir: Path) -> None:
     (model_dir / "tokenizer.model").mkdir()
     with pytest.raises(CheckpointError, match=r"holds tokenizer\.model"):
         require_replaceable(model_dir)
+
+
+def test_a_folder_of_another_kind_is_kept(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"format": "visualglm-onnx"}')
+    for check in (require_replaceable, partial(require_replaceable_as, Manifest)):
+        with pytest.raises(CheckpointError) as raised:
+            check(tmp_path)
+        assert str(raised.value) == (
+            f"{tmp_path} is an ONNX export, which --force does not replace by a model directory; "
+            "give another folder, or remove this one first."
+        )
+    with pytest.raises(CheckpointError, match="is a model directory, which --force does not replace by an adapter"):
+        require_replaceable_as(AdapterManifest, model_dir)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,11 @@ def test_an_export_on_first_use_is_told_once(
         (["MODEL", "OUT", "--precision", "int4", "--int8-layers", "all"], "There are no layers named 'all'"),
         (["MODEL", "OUT", "--method", "gptq"], "is not the built-in model, for which scenes are drawn"),
         (["MODEL", "OUT", "--evaluate", "9"], "gptq and judging need rows; give --calibration FILE"),
-        (["MODEL", "OUT", "--method", "gptq", "--calibration", "no.jsonl"], "no.jsonl is no file"),
+        (["MODEL", "OUT", "--method", "gptq", "--calibration", "no.jsonl"], "no.jsonl does not exist"),
+        (
+            ["MODEL", "OUT", "--calibration", "no.jsonl", "--evaluate", "0"],
+            "is done with the rows of no.jsonl: only gptq",
+        ),
     ],
 )
 def test_what_cannot_be_exported(
@@ -88,7 +92,7 @@ def test_gptq_calibrates_on_rows_and_tells_what_it_found(
     invoke: Invoke, tiny_model_dir: Path, tmp_path: Path, picture: Path
 ):
     rows = tmp_path / "rows.jsonl"
-    lines = [{"img": picture.name, "prompt": f"What is {n}?", "label": f"{n} cats"} for n in range(10)]
+    lines = [{"img": picture.name, "prompt": f"What is {n}?", "label": f"{n} cats"} for n in range(7)]
     rows.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     options = ("--precision", "int4", "--method", "gptq", "--calibration", rows, "--int8-layers", "qkv,lm_head")
     made = invoke("export", tiny_model_dir, tmp_path / "lite", *options)
@@ -97,7 +101,7 @@ def test_gptq_calibrates_on_rows_and_tells_what_it_found(
     assert invoke("ask", "-m", tmp_path / "lite", "-i", picture, *SHORT, "What is it?").code == 0
     picture.unlink()
     failed = invoke("export", tiny_model_dir, tmp_path / "again", *options)
-    assert failed.code == 1 and "rows.jsonl, line 1: " in failed.err and "does not exist" in failed.err
+    assert failed.code == 1 and "rows.jsonl has 7 bad rows of 7" in failed.err and "does not exist" in failed.err
     assert not (tmp_path / "again").exists()
 
 

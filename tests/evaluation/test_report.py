@@ -17,7 +17,7 @@ from visualglm.evaluation.results import Result
 from visualglm.evaluation.scores import Scored
 from visualglm.evaluation.tables import score_table
 
-EVIL = "<script>alert('1')</script> & \"</td>\ud800"
+EVIL = "<script>alert('1')</script> & \"</td>"
 
 
 class Page(HTMLParser):
@@ -76,8 +76,7 @@ def test_one_evaluation(questions: list[Question], tmp_path: Path):
     assert not page.tags & {"script", "b", "link", "iframe"} and seen == [(4, 4)]
     header = page.rows.index(["row", "picture", "question", "references", "now"])
     first, second, third, fourth = page.rows[header + 1 :]
-    evil = EVIL.replace("\ud800", "?")
-    assert first[2] == evil and first[3] == f"red\n{evil}" and first[4].startswith(f"✓ {evil}")
+    assert first[2] == EVIL and first[3] == f"red\n{EVIL}" and first[4].startswith(f"✓ {EVIL}")
     assert second[4].startswith("✓ blue") and third[4] == "no <b>answer</b>" and fourth[4].startswith("✗ 3")
     assert fourth[0] == "3, turn 2" and fourth[2] == "one?\n→ 1two?"
     text = path.read_text("utf-8")

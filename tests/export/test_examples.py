@@ -25,14 +25,12 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 @pytest.fixture
 def row_file(tmp_path: Path) -> Path:
-    """40 rows: every other about a picture, the last ten without an answer."""
+    """40 rows: every other about a picture."""
     picture_of(0).save(tmp_path / "scene.png")
     rows: list[dict[str, str]] = [{"prompt": f"What is {number}?", "label": f"{number} cats"} for number in range(40)]
     for number, row in enumerate(rows):
         if number % 2:
             row["img"] = "scene.png"
-        if number >= 30:
-            del row["label"]
     return write(tmp_path / "rows.jsonl", rows)
 
 
@@ -60,63 +58,86 @@ def test_every_tenth_answer_of_a_file_is_kept_to_judge_by(directory: ModelDirect
     assert isinstance(source, RowFile) and source.name == "rows of rows.jsonl" and len(source.rows) == 40
     calibrated = [group for batch in source.to_calibrate() for group in batch.groups]
     judged = [group for batch in source.to_judge(100) for group in batch.groups]
-    assert sum(group.layout.batch_size for group in calibrated) == 37
-    assert sum(group.layout.batch_size for group in judged) == 3
+    assert sum(group.layout.batch_size for group in calibrated) == 36
+    assert sum(group.layout.batch_size for group in judged) == 4
     assert sum(group.layout.batch_size for batch in source.to_judge(2) for group in batch.groups) == 2
     assert all(answer_columns(group.layout).any(axis=1).all() for group in judged)
-    told = [row for group in calibrated for row in answer_columns(group.layout).any(axis=1)]
-    assert sum(told) == 27
+
+
+@pytest.mark.parametrize(("count", "learnt", "judged"), [(2, 1, 1), (7, 6, 1), (10, 9, 1), (19, 18, 1), (20, 18, 2)])
+def test_of_few_rows_the_last_is_kept(directory: ModelDirectory, tmp_path: Path, count: int, learnt: int, judged: int):
+    rows = [{"prompt": f"What is {number}?", "label": "a cat"} for number in range(count)]
+    source = examples_for(directory, write(tmp_path / "rows.jsonl", rows))
+    assert source is not None
+    found = [
+        sum(group.layout.batch_size for batch in examples for group in batch.groups)
+        for examples in (source.to_calibrate(), source.to_judge(100))
+    ]
+    assert found == [learnt, judged]
+
+
+def test_each_answer_of_a_conversation_is_an_example_beside_the_same_picture(directory: ModelDirectory, tmp_path: Path):
+    picture_of(0).save(tmp_path / "scene.png")
+    rows = [{"img": "scene.png", "conversations": [["What?", "A cat"], ["Where?", "There"]]} for _ in range(3)]
+    source = examples_for(directory, write(tmp_path / "rows.jsonl", rows))
+    assert source is not None
+    (learnt,), (judged,) = source.to_calibrate(), source.to_judge(100)
+    assert learnt.pixels.shape[0] == judged.pixels.shape[0] == 1
+    assert learnt.groups[0].scene_index.tolist() == [0] * 4 and judged.groups[0].scene_index.tolist() == [0] * 2
+    first, second = judged.groups[0].layout.context_lengths
+    assert second > first
+    assert answer_columns(judged.groups[0].layout).any(axis=1).all()
 
 
 def test_pictures_are_read_from_beside_the_file(directory: ModelDirectory, row_file: Path):
     source = examples_for(directory, row_file)
     assert source is not None
     batch = next(source.to_calibrate())
-    assert batch.pixels.shape == (4, 3, 28, 28)
-    assert batch.groups[0].scene_index.tolist() == [-1, 0, -1, 1, -1, 2, -1, 3]
+    assert batch.pixels.shape == (1, 3, 28, 28)
+    assert batch.groups[0].scene_index.tolist() == [-1, 0] * 4
     assert (batch.groups[0].layout.image_starts >= 0).tolist() == [False, True] * 4
 
 
 def test_large_files_are_thinned_out(directory: ModelDirectory, tmp_path: Path):
-    rows = write(tmp_path / "rows.jsonl", [{"prompt": f"{number}?"} for number in range(1100)])
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": f"{number}?", "label": "x"} for number in range(1200)])
     source = examples_for(directory, rows)
     assert source is not None
-    assert sum(group.layout.batch_size for batch in source.to_calibrate() for group in batch.groups) == 367
-    assert not list(source.to_judge(100))
+    assert sum(group.layout.batch_size for batch in source.to_calibrate() for group in batch.groups) == 360
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("", 'has no rows; write {"img": FILE'),
-        ('{"prompt": "x", "label": "y"}\n{"prompt": \n', "rows.jsonl, line 2: this is no JSON"),
-        ("[1]\n", "line 1: this is [1], not a JSON object"),
-        ('{"img": "a.png"}\n', "line 1: the prompt is null; write a question."),
-        ('{"prompt": " "}\n', 'line 1: the prompt is " "; write a question.'),
-        ('{"prompt": "x", "label": 5}\n', "line 1: the label is 5; write the answer, or leave it out."),
-        ('{"prompt": "x", "img": 5}\n', "line 1: the image is 5; write the path of a file."),
-    ],
-)
-def test_malformed_files_are_refused(directory: ModelDirectory, tmp_path: Path, content: str, said: str):
-    (tmp_path / "rows.jsonl").write_text(content)
+def test_one_row_alone_is_refused(directory: ModelDirectory, tmp_path: Path):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "x", "label": "y"}])
     with pytest.raises(DataError) as caught:
-        examples_for(directory, tmp_path / "rows.jsonl")
-    assert said in str(caught.value)
+        examples_for(directory, path)
+    assert str(caught.value) == f"{path} has one row alone, which would be kept to judge by; write more of them."
 
 
-@pytest.mark.parametrize(
-    ("row", "said"),
-    [
-        ({"img": "missing.png", "prompt": "x"}, r"line 1: .*missing.png does not exist"),
-        ({"img": "rows.jsonl", "prompt": "x"}, r"line 1: .*is not an image"),
-        ({"img": "https://example.org/a.png", "prompt": "x"}, r"line 1: .*URL"),
-        ({"prompt": "long " * 300}, r"line 1: The question takes \d+ tokens"),
-    ],
-)
-def test_rows_that_cannot_be_put_to_the_model_are_named(
-    directory: ModelDirectory, tmp_path: Path, row: dict[str, str], said: str
-):
-    source = examples_for(directory, write(tmp_path / "rows.jsonl", [row]))
-    assert source is not None
-    with pytest.raises(DataError, match=said):
-        list(source.to_calibrate())
+def test_all_bad_rows_are_told(directory: ModelDirectory, tmp_path: Path):
+    bad = [
+        {"img": "a.png"},
+        {"prompt": "x", "label": 5},
+        {"prompt": "x"},
+        {"img": "missing.png", "prompt": "x", "label": "y"},
+        {"img": "rows.jsonl", "prompt": "x", "label": "y"},
+        {"img": "https://example.org/a.png", "prompt": "x", "label": "y"},
+        {"prompt": "long " * 300, "label": "y"},
+        {"conversations": []},
+    ]
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "x", "label": "y"}, *bad])
+    with pytest.raises(DataError) as caught:
+        examples_for(directory, path)
+    head, *told = str(caught.value).split("\n")
+    assert head == f"{path} has 8 bad rows of 9:"
+    expected = (
+        "line 2: there is no prompt; write one",
+        "line 3: the label is 5",
+        "line 4: there is no label; write one",
+        f"line 5: The image {tmp_path / 'missing.png'} does not exist",
+        f"line 6: The image {path} ",
+        'line 7: the image is "https://example.org/a.png", an address',
+        "line 8: question 1 leaves no room for its answer",
+        "line 9: conversations is []",
+    )
+    assert len(told) == len(expected)
+    for sentence, start in zip(told, expected, strict=True):
+        assert sentence.startswith(start), sentence

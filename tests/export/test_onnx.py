@@ -140,7 +140,7 @@ def test_the_expected_size_is_that_of_the_weights(export: Export, tiny_model_dir
         ),
         ({"precision": "int4", "method": "gptq"}, "is not the built-in model, for which scenes are drawn"),
         ({"precision": "int4", "evaluate": 5}, "gptq and judging need rows; give --calibration FILE"),
-        ({"precision": "int4", "calibration": Path("rows.jsonl"), "evaluate": 5}, "rows.jsonl is no file"),
+        ({"precision": "int4", "calibration": Path("rows.jsonl"), "evaluate": 5}, "rows.jsonl does not exist"),
     ],
 )
 def test_options_that_contradict_one_another(

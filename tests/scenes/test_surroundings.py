@@ -1,9 +1,13 @@
 import numpy as np
 import pytest
 
+from visualglm.checkpoint.model_dir import open_model_directory
+from visualglm.loading import builtin_path
+from visualglm.processing.tokenizer import Tokenizer
 from visualglm.scenes.draw import draw_scene
+from visualglm.scenes.held_out import questions_about
 from visualglm.scenes.scene import CANVAS, make_scene
-from visualglm.scenes.surroundings import SURROUNDINGS, answer_about, draw_surrounded
+from visualglm.scenes.surroundings import SURROUNDINGS, draw_surrounded
 
 
 @pytest.mark.parametrize("surrounding", SURROUNDINGS)
@@ -34,6 +38,12 @@ def test_the_shapes_are_those_of_the_scene() -> None:
             assert np.abs(here[y, x].astype(int) - there[y, x]).max() <= 24
 
 
-def test_answers_name_the_surrounding() -> None:
-    assert answer_about("rain") == "这张图片的背景是雨。"
-    assert len({answer_about(name) for name in SURROUNDINGS}) == len(SURROUNDINGS)
+def test_answers_are_of_pieces_that_the_builtin_model_says() -> None:
+    directory = open_model_directory(builtin_path())
+    assert directory.tokenizer_path is not None
+    tokenizer = Tokenizer.for_model(directory.tokenizer_path, directory.config.text)
+    said = {
+        piece for index in range(400) for asked in questions_about(index) for piece in tokenizer.encode(asked.answer)
+    }
+    assert len(set(SURROUNDINGS.values())) == len(SURROUNDINGS)
+    assert {piece for answer in SURROUNDINGS.values() for piece in tokenizer.encode(answer)} <= said

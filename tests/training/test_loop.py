@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.training.toy import make_trainer
 from visualglm.errors import CheckpointError, ConfigError
 from visualglm.training.checkpoints import checkpoint_folders, load_checkpoint
-from visualglm.training.loop import Trainer
+from visualglm.training.loop import StepReport, Trainer
 from visualglm.training.run_log import RunLog
 
 STEPS = 12
@@ -133,3 +133,13 @@ def test_a_log_is_cut_back_to_the_checkpoint_a_run_goes_on_from(tmp_path: Path) 
     path.write_text('{"step": 5, "losses": {}}\n{"step": 6, "losses": {}}\n{"step": 7, "los')
     RunLog(path, tmp_path / "curve.png", title="a run", first_step=5)
     assert path.read_text() == '{"step": 5, "losses": {}}\n'
+
+
+def test_what_is_not_finite_is_none_in_the_log(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "log.jsonl", tmp_path / "curve.png", title="a run")
+    log.append(StepReport(1, {"fit": float("nan")}, float("inf"), 0.1, skipped=True), {"fit": float("nan")})
+    log.append(StepReport(2, {"fit": 0.5}, 1.0, 0.1))
+    log.close()
+    row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert (row["losses"], row["grad_norm"], row["validation"]) == ({"fit": None}, None, {"fit": None})
+    assert (tmp_path / "curve.png").is_file()

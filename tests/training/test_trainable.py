@@ -144,6 +144,14 @@ def test_a_layer_the_model_does_not_have(model: VisualGLMModel) -> None:
         make_trainable(model, TuneRecipe(layer_range=(0, 2)), seed=0)
 
 
+def test_a_rank_above_the_width_of_the_layers(model: VisualGLMModel) -> None:
+    with pytest.raises(
+        ConfigError, match=r"tune\.lora_rank is 100,000, but .* are 32 wide; give at most 32 \(--rank\)"
+    ):
+        make_trainable(model, TuneRecipe(lora_rank=100_000), seed=0)
+    make_trainable(model, TuneRecipe(lora_rank=32), seed=0)
+
+
 def test_nothing_is_kept_below_the_lowest_trained_layer(model: VisualGLMModel) -> None:
     trainable = make_trainable(model, TuneRecipe(layer_range=(1,)), seed=0)
     outputs = []

@@ -90,6 +90,14 @@ ADAPTER = FolderKind(
 _KINDS = {kind.format: kind for kind in (MODEL, ONNX_EXPORT, ADAPTER)}
 
 
+def kind_of(folder: Path) -> FolderKind | None:
+    """What the manifest in `folder` says that it is; None without one that this program knows."""
+    try:
+        return _kind_in(read_json_object(folder / MANIFEST))
+    except CheckpointError:
+        return None
+
+
 class FolderManifest(BaseModel):
     """What the manifests of all kinds of folders hold."""
 
@@ -134,12 +142,16 @@ class Manifest(FolderManifest):
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _check_kind(folder: Path, values: dict[str, Any], wanted: FolderKind) -> None:
+def _kind_in(values: dict[str, Any]) -> FolderKind | None:
     found = values.get("format")
-    known = _KINDS.get(found) if isinstance(found, str | None) else None
+    return _KINDS.get(found) if isinstance(found, str | None) else None
+
+
+def _check_kind(folder: Path, values: dict[str, Any], wanted: FolderKind) -> None:
+    known = _kind_in(values)
     if known is None:
         raise CheckpointError(
-            f"{folder} has the format {readable(str(found))}, which this program does not know; "
+            f"{folder} has the format {readable(str(values['format']))}, which this program does not know; "
             f"install a newer visualglm, or give {wanted.title} made by `{wanted.command}`."
         )
     if known is not wanted:

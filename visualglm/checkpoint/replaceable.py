@@ -9,7 +9,7 @@ from pathlib import Path
 
 from visualglm.checkpoint.files import read_json_object, readable
 from visualglm.checkpoint.foreign_config import HF_CONFIG, SAT_CONFIG
-from visualglm.checkpoint.manifest import MANIFEST, FolderManifest, Manifest
+from visualglm.checkpoint.manifest import MANIFEST, MODEL, FolderKind, FolderManifest, Manifest, kind_of
 from visualglm.errors import CheckpointError
 
 _LATEST = "latest"
@@ -22,15 +22,24 @@ _HF_FILES = re.compile(rf"config\.json|{_HF_WEIGHTS.pattern}{_BESIDE}")
 
 def require_replaceable(folder: Path) -> None:
     """Raises `CheckpointError` unless `folder` is a checkpoint and every file in it belongs to one."""
-    _require_nothing_else(folder, _format_of, "checkpoint")
+    _require_nothing_else(folder, _format_of, MODEL, "checkpoint")
 
 
 def require_replaceable_as(manifest_type: type[FolderManifest], folder: Path) -> None:
     """Raises `CheckpointError` unless `folder` has such a manifest and holds nothing but what that lists."""
-    _require_nothing_else(folder, partial(_listed_in, manifest_type), manifest_type.kind.name)
+    kind = manifest_type.kind
+    _require_nothing_else(folder, partial(_listed_in, manifest_type), kind, kind.name)
 
 
-def _require_nothing_else(folder: Path, format_of: Callable[[Path], Callable[[Path], bool]], name: str) -> None:
+def _require_nothing_else(
+    folder: Path, format_of: Callable[[Path], Callable[[Path], bool]], kind: FolderKind, name: str
+) -> None:
+    found = kind_of(folder)
+    if found and found is not kind:
+        raise CheckpointError(
+            f"{folder} is {found.title}, which --force does not replace by {kind.title}; "
+            "give another folder, or remove this one first."
+        )
     try:
         belongs = format_of(folder)
         foreign = next((path for path in sorted(folder.iterdir()) if not belongs(path)), None)

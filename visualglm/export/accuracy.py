@@ -58,14 +58,12 @@ class Judgement:
 
 def judge(
     folder: Path, directory: ModelDirectory, form: LiteForm, source: ExampleSource, count: int, scratch: Path
-) -> Judgement | None:
-    """Judge the graphs in `folder` by examples that no calibration saw; None where there are none.
+) -> Judgement:
+    """Judge the graphs in `folder` by `count` examples, or as many as there are, that no calibration saw.
 
     The model in float32 that they are compared with is run a layer at a time, in `scratch`.
     """
     examples = list(source.to_judge(count))
-    if not examples:
-        return None
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     exact = LayerwiseModel(directory, examples, scratch, beside=size)
     backend = open_graphs(folder, directory, form)

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from visualglm.checkpoint.model_dir import ModelDirectory, open_model_directory
 from visualglm.config import VisualGLMConfig
-from visualglm.errors import DataError, ImageError, PromptError, TokenizerError
-from visualglm.json_lines import image_of, image_source, json_lines, shown
+from visualglm.errors import DataError, ImageError, TokenizerError
 from visualglm.loading import builtin_path
 from visualglm.processing.image import load_image, preprocess
 from visualglm.processing.layout import Layout
 from visualglm.processing.tokenizer import Tokenizer
 from visualglm.scenes.dataset import BatchPlan, Row, Rows, SceneBatches, make_row, pad_rows
 from visualglm.scenes.held_out import picture_of, questions_about
+from visualglm.training.examples import build_example
+from visualglm.training.rows import TrainingRow, check_rows, open_rows
 
 # Twice as many scenes bring no more: see docs/export.md.
 _BATCHES, _PLAN, _SEED = 4, BatchPlan(scenes=16, questions=8), 1
 _SCENES_AT_ONCE = 16
 _ROWS_AT_ONCE = 8
-# More rows bring next to nothing, and take memory.
-_MOST_ROWS = 512
-# Every so many rows of a file are kept from the calibration, to judge by.
+# More bring next to nothing, and take memory.
+_MOST_ANSWERS = 512
+# Every so many rows of a file are kept from the calibration, to judge by; of fewer rows the last.
 _HELD_OUT_EVERY = 10
 
 
@@ -84,60 +85,73 @@ class DrawnScenes:
 
 
 @dataclass(frozen=True)
-class ExampleRow:
-    """A line of a file: a question, perhaps about a picture, and its answer if that is known."""
+class _Answer:
+    """Answer number `turn`, from 0, of a row of a file; `where` that is, in words."""
 
     where: str
-    picture: str | None
-    prompt: str
-    label: str | None
+    row: TrainingRow
+    turn: int
 
 
 @dataclass(frozen=True)
 class RowFile:
-    """The rows of a JSONL file; every tenth of those with an answer is kept to judge by."""
+    """The rows of a file, each with where it is; every tenth, or else the last, is kept to judge by.
+
+    Each answer of a conversation is an example of its own.
+    """
 
     path: Path
     config: VisualGLMConfig
     tokenizer: Tokenizer
-    rows: tuple[ExampleRow, ...]
+    rows: tuple[tuple[str, TrainingRow], ...]
 
     @property
     def name(self) -> str:
         return f"rows of {self.path.name}"
 
     def to_calibrate(self) -> Iterator[Examples]:
-        kept = set(self._held_out())
-        rows = [row for row in self.rows if row not in kept]
-        return self._examples(rows[:: -(-len(rows) // _MOST_ROWS)])
+        answers = self._answers(held_out=False)
+        return self._examples(answers[:: -(-len(answers) // _MOST_ANSWERS)])
 
     def to_judge(self, count: int) -> Iterator[Examples]:
-        return self._examples(self._held_out()[:count])
+        return self._examples(self._answers(held_out=True)[:count])
 
-    def _held_out(self) -> list[ExampleRow]:
-        return [row for row in self.rows if row.label is not None][_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
+    def _answers(self, *, held_out: bool) -> list[_Answer]:
+        every = min(_HELD_OUT_EVERY, len(self.rows))
+        return [
+            _Answer(where, row, turn)
+            for number, (where, row) in enumerate(self.rows, 1)
+            if (number % every == 0) == held_out
+            for turn in range(len(row.turns))
+        ]
 
-    def _examples(self, rows: Sequence[ExampleRow]) -> Iterator[Examples]:
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            yield self._batch(rows[start : start + _ROWS_AT_ONCE])
+    def _examples(self, answers: Sequence[_Answer]) -> Iterator[Examples]:
+        for start in range(0, len(answers), _ROWS_AT_ONCE):
+            yield self._batch(answers[start : start + _ROWS_AT_ONCE])
 
-    def _batch(self, rows: Sequence[ExampleRow]) -> Examples:
+    def _batch(self, answers: Sequence[_Answer]) -> Examples:
         vision = self.config.vision
         pixels = [np.zeros((0, vision.in_channels, vision.image_size, vision.image_size), np.float32)]
-        made = []
-        for row in rows:
-            try:
-                if row.picture is not None:
-                    pixels.append(preprocess(load_image(row.picture), vision.image_size)[None])
-                made.append(self._row(row, -1 if row.picture is None else len(pixels) - 2))
-            except (ImageError, PromptError) as error:
-                raise DataError(f"{row.where}: {error}") from error
-        return Examples(np.concatenate(pixels), (pad_rows(made, self.config.text),))
+        places: dict[Path | None, int] = {None: -1}
+        for answer in answers:
+            source = answer.row.source
+            if source is not None and source not in places:
+                places[source] = len(pixels) - 1
+                pixels.append(self._pixels(answer.where, source))
+        rows = [self._row(answer, places[answer.row.source]) for answer in answers]
+        return Examples(np.concatenate(pixels), (pad_rows(rows, self.config.text),))
 
-    def _row(self, row: ExampleRow, picture: int) -> Row:
-        made = make_row(self.tokenizer, self.config, (row.prompt, row.label or ""), "auto", picture)
-        # Without an answer the prompt is all there is: no end either.
-        return made if row.label is not None else replace(made, ids=made.ids[:-1])
+    def _pixels(self, where: str, source: Path) -> NDArray[np.float32]:
+        """[1, 3, S, S]"""
+        try:
+            return preprocess(load_image(source), self.config.vision.image_size)[None]
+        except ImageError as error:
+            raise DataError(f"{where}: {error}") from error
+
+    def _row(self, answer: _Answer, picture: int) -> Row:
+        window = self.config.text.max_sequence_length
+        made = build_example(answer.row, answer.turn, self.tokenizer, self.config, window)
+        return Row(tuple(made.input_ids.tolist()), made.image_start, picture)
 
 
 def text_columns(layout: Layout) -> NDArray[np.bool_]:
@@ -156,7 +170,8 @@ def answer_columns(layout: Layout) -> NDArray[np.bool_]:
 def examples_for(directory: ModelDirectory, file: Path | None) -> ExampleSource | None:
     """Rows of `file` if that is given; drawn scenes for the built-in model and what was made of it; else None.
 
-    Raises `DataError` for a malformed file, `TokenizerError` for one without a tokenizer to read it with.
+    Raises `DataError` that names the bad rows of a file, or for one row alone; `TokenizerError` if there is nothing to
+    read rows with.
     """
     if file is None and not _is_like_builtin(directory):
         return None
@@ -167,7 +182,7 @@ def examples_for(directory: ModelDirectory, file: Path | None) -> ExampleSource 
     tokenizer = Tokenizer.for_model(directory.tokenizer_path, directory.config.text)
     if file is None:
         return DrawnScenes(directory.config, tokenizer)
-    return RowFile(file, directory.config, tokenizer, _read_rows(file))
+    return _row_file(file, directory.config, tokenizer)
 
 
 def _is_like_builtin(directory: ModelDirectory) -> bool:
@@ -178,19 +193,15 @@ def _is_like_builtin(directory: ModelDirectory) -> bool:
     return tokenizers[0] == tokenizers[1] and parts[0] == parts[1]
 
 
-def _read_rows(path: Path) -> tuple[ExampleRow, ...]:
-    if not path.is_file():
-        raise DataError(f"{path} is no file; give a JSONL file of rows to calibrate on.")
-    rows = tuple(_parsed(where, values, path.parent) for where, values in json_lines(path))
-    if not rows:
-        raise DataError(f'{path} has no rows; write {{"img": FILE, "prompt": TEXT, "label": TEXT}} on each line.')
-    return rows
+def _row_file(path: Path, config: VisualGLMConfig, tokenizer: Tokenizer) -> RowFile:
+    index, rows = open_rows(path), list[tuple[str, TrainingRow]]()
+    if len(index) == 1:
+        raise DataError(f"{path} has one row alone, which would be kept to judge by; write more of them.")
 
+    def take(number: int, row: TrainingRow) -> None:
+        for turn in range(len(row.turns)):
+            build_example(row, turn, tokenizer, config, config.text.max_sequence_length)
+        rows.append((index.where(number), row))
 
-def _parsed(where: str, values: dict[str, Any], folder: Path) -> ExampleRow:
-    image, prompt, label = image_of(where, values), values.get("prompt"), values.get("label")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise DataError(f"{where}: the prompt is {shown(prompt)}; write a question.")
-    if label is not None and (not isinstance(label, str) or not label):
-        raise DataError(f"{where}: the label is {shown(label)}; write the answer, or leave it out.")
-    return ExampleRow(where, None if image is None else image_source(folder, image), prompt, label)
+    check_rows(index, take)
+    return RowFile(path, config, tokenizer, tuple(rows))

@@ -132,7 +132,7 @@ class LayerwiseModel:
         session = self._open(lambda layers: add_decoder_head(layers, self._text), TappedLinear())
         sums = _MeanSquares()
         for group in self._groups:
-            outputs = _run(session, _taught(group))
+            outputs = _run(session, group.hidden[answer_columns(group.layout)][None])
             sums.add({name: inputs[0] for name, inputs in outputs.items() if name != "logits"})
         return sums.means()
 
@@ -184,13 +184,6 @@ class _MeanSquares:
         for total in self._sums.values():
             total /= np.float32(max(1, self._count))
         return self._sums
-
-
-def _taught(group: _Group) -> Floats:
-    """The columns whose next token matters, [1, columns, width]: those of answers, and all of rows without one."""
-    answers = answer_columns(group.layout)
-    matters = np.where(answers.any(axis=1, keepdims=True), answers, text_columns(group.layout))
-    return group.hidden[matters][None]
 
 
 @computes

@@ -75,9 +75,15 @@ def expected_bytes(directory: ModelDirectory, form: LiteForm) -> int:
 
 
 def _examples(directory: ModelDirectory, options: ExportOptions) -> ExampleSource | None:
-    """What the export is calibrated on and judged by; raises `ConfigError` if it has to be, and there is nothing."""
+    """What the export is calibrated on and judged by; raises `ConfigError` if there has to be something and is nothing,
+    or there is and nothing has to be."""
     is_calibrated = options.method == "gptq"
     if not is_calibrated and options.evaluate == 0:
+        if options.calibration is not None:
+            raise ConfigError(
+                f"Nothing is done with the rows of {options.calibration}: only gptq learns from some, and by none is "
+                "judged; leave --calibration out, or give --method gptq or --evaluate N."
+            )
         return None
     source = examples_for(directory, options.calibration)
     if source is None and (is_calibrated or options.evaluate):

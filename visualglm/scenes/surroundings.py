@@ -11,23 +11,22 @@ from visualglm.scenes.draw import SUPERSAMPLE, draw_shapes
 from visualglm.scenes.scene import CANVAS, make_scene
 
 SURROUNDINGS = {
-    "rain": "雨",
-    "snow": "雪",
-    "sunshine": "阳光",
-    "night": "夜晚",
-    "grass": "草地",
-    "wooden floor": "木地板",
+    "rain": "RAIN",
+    "snow": "SNOW",
+    "sunshine": "SUN",
+    "night": "NIGHT",
+    "grass": "GRASS",
+    "wooden floor": "WOOD",
 }
-"""What may be behind the shapes, and its name in the answers."""
-QUESTION = "这张图片的背景里有什么内容？"
+"""What may be behind the shapes, and the answer that names it.
+
+In capitals, because the built-in model learnt to spell only what is written in pictures: most other pieces of its
+vocabulary, such as the bytes of 雨, it has never said, and twenty pictures are too few to begin with that.
+"""
+QUESTION = "What is in the background?"
 
 _SIZE = CANVAS * SUPERSAMPLE
 Color = tuple[int, int, int]
-
-
-def answer_about(surrounding: str) -> str:
-    """What is to be said of a picture before that surrounding."""
-    return f"这张图片的背景是{SURROUNDINGS[surrounding]}。"
 
 
 def draw_surrounded(surrounding: str, seed: int) -> Image.Image:
@@ -50,14 +49,14 @@ def _fill(canvas: ImageDraw.ImageDraw, top: Color, bottom: Color) -> None:
 
 
 def _rain(canvas: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
-    _fill(canvas, _near(rng, (120, 132, 150)), _near(rng, (150, 160, 175)))
+    _fill(canvas, _near(rng, (66, 76, 94)), _near(rng, (98, 108, 124)))
     slant, length = rng.uniform(-0.35, 0.35), rng.uniform(25, 45)
     for x, y in rng.uniform(-40, _SIZE, (int(rng.integers(180, 260)), 2)):
-        canvas.line((x, y, x + slant * length, y + length), _near(rng, (205, 218, 240)), 3)
+        canvas.line((x, y, x + slant * length, y + length), _near(rng, (172, 188, 212)), 3)
 
 
 def _snow(canvas: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
-    _fill(canvas, _near(rng, (150, 170, 205)), _near(rng, (205, 215, 232)))
+    _fill(canvas, _near(rng, (168, 186, 216)), _near(rng, (214, 224, 240)))
     ground = _SIZE * rng.uniform(0.72, 0.85)
     canvas.rectangle((0, ground, _SIZE, _SIZE), _near(rng, (246, 248, 252), 4))
     for x, y in rng.uniform(0, _SIZE, (int(rng.integers(110, 170)), 2)):

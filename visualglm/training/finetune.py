@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -324,7 +325,7 @@ class _Run:
         """Losses of the rows that are not trained on; the best adapter by them is kept."""
         losses = trainer.evaluate(data.validation_batches())
         best = trainer.notes.get("best")
-        is_best = best is None or losses["loss"] < best["loss"]
+        is_best = isfinite(losses["loss"]) and (best is None or losses["loss"] < best["loss"])
         if is_best:
             trainer.notes["best"] = {"step": step.step, **losses}
             self._write(self.folder.best, trainable, step.step)
@@ -336,9 +337,10 @@ class _Run:
 
     def _write(self, path: Path, trainable: Trainable, step: int) -> None:
         """Write an adapter; all processes help to gather it."""
-        lora, prefix, whole = trainable.adapter_tensors(), trainable.prefix_tensors(), trainable.whole_tensors()
+        whole = trainable.whole_tensors(kept=self.processes.is_first)
         if not self.processes.is_first:
             return
+        lora, prefix = trainable.adapter_tensors(), trainable.prefix_tensors()
         write_adapter(
             path,
             base=self.base.directory,

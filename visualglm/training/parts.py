@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from visualglm.config import TextConfig
+from visualglm.errors import ConfigError
 from visualglm.training.recipe import TuneRecipe
 
 # Smaller blocks than those of an export: nothing is gained in training by few scales.
@@ -25,7 +26,17 @@ def whole_parts(tune: TuneRecipe) -> tuple[WholePart, ...]:
 
 
 def lora_modules(tune: TuneRecipe, text: TextConfig) -> list[str]:
-    """Names of the linear layers that get LoRA; raises `ConfigError` for a layer that the model does not have."""
+    """Names of the linear layers that get LoRA.
+
+    Raises `ConfigError` for a layer that the model does not have, or a rank above the smallest width of these layers.
+    """
+    has_mlp = not {"fc1", "fc2"}.isdisjoint(tune.target_modules)
+    width = min(text.hidden_size, text.intermediate_size) if has_mlp else text.hidden_size
+    if tune.lora_rank > width:
+        raise ConfigError(
+            f"tune.lora_rank is {tune.lora_rank:,}, but the layers beside which LoRA stands are {width:,} wide; "
+            f"give at most {width:,} (--rank)."
+        )
     return [
         f"text.layers.{layer}.{_PARENT[module]}.{module}"
         for layer in tune.layers(text.num_hidden_layers)

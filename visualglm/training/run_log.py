@@ -36,13 +36,9 @@ class RunLog:
 
     def append(self, report: StepReport, validation: Mapping[str, float] | None = None) -> None:
         """One line for a step; `validation` are the losses of rows that are not trained on."""
-        # JSON has no name for what is not finite.
-        norm = report.grad_norm if isfinite(report.grad_norm) else None
-        row: dict[str, Any] = (
-            vars(report) | {"grad_norm": norm} | ({"validation": dict(validation)} if validation else {})
-        )
+        row = vars(report) | ({"validation": dict(validation)} if validation else {})
         with self.path.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(row) + "\n")
+            log.write(json.dumps(_finite(row)) + "\n")
         if self._writer is None:
             return
         scalars = {f"train/{name}": loss for name, loss in report.losses.items()}
@@ -74,6 +70,13 @@ class RunLog:
             return
         kept = [line for line in self.path.read_text("utf-8").splitlines(keepends=True) if _is_until(line, step)]
         self.path.write_text("".join(kept), "utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no name for what is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _is_until(line: str, step: int) -> bool:

@@ -99,12 +99,13 @@ class Trainable:
         """Prefixes by `parameters.prefix_name`, float32 on the CPU."""
         return self._stored(_is_prefix)
 
-    def whole_tensors(self) -> dict[str, Tensor]:
+    def whole_tensors(self, *, kept: bool = True) -> dict[str, Tensor]:
         """Parameters trained as a whole, by the names of `visualglm.parameters`, float32 on the CPU.
 
-        Under FSDP all processes must ask for them together.
+        Under FSDP all processes must ask for them together, each with memory for all of them unless they are not
+        `kept`: then it gets none, and only gives its parts to the others.
         """
-        return self._stored(lambda name: not is_lora(name) and not _is_prefix(name))
+        return self._stored(lambda name: not is_lora(name) and not _is_prefix(name), kept=kept)
 
     def load_adapter_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `adapter_tensors`, `prefix_tensors` and `whole_tensors` gave (together, in one mapping).
@@ -127,8 +128,14 @@ class Trainable:
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
 
-    def _stored(self, belongs: Callable[[str], bool]) -> dict[str, Tensor]:
-        return {_stored_name(name): _whole_copy(p) for name, p in self.parameters().items() if belongs(name)}
+    def _stored(self, belongs: Callable[[str], bool], *, kept: bool = True) -> dict[str, Tensor]:
+        stored = {}
+        for name, parameter in self.parameters().items():
+            if belongs(name) and (kept or isinstance(parameter, DTensor)):
+                whole = _whole(parameter)
+                if kept:
+                    stored[_stored_name(name)] = whole.to("cpu", torch.float32, copy=True)
+        return stored
 
     def _count(self, belongs: Callable[[str], bool]) -> int:
         return sum(parameter.numel() for name, parameter in self.parameters().items() if belongs(name))
@@ -146,7 +153,7 @@ def make_trainable(
 
     dtype: what is computed in (`load.training_dtype`). Where whole parts are trained, whose weights are in float32,
     an accelerator computes in `dtype` under autocast; a CPU does not, which has nothing to gain from it.
-    Raises `ConfigError` for a layer that the model does not have.
+    Raises `ConfigError` for a layer that the model does not have, or a rank above the width of its layers.
     """
     whole = whole_parts(tune)
     model.requires_grad_(False)
@@ -176,7 +183,6 @@ def _stored_name(name: str) -> str:
     return peft_name(name) if is_lora(name) else name
 
 
-def _whole_copy(parameter: nn.Parameter) -> Tensor:
+def _whole(parameter: nn.Parameter) -> Tensor:
     data = parameter.detach()
-    whole = data.full_tensor() if isinstance(data, DTensor) else data
-    return whole.to("cpu", torch.float32, copy=True)
+    return data.full_tensor() if isinstance(data, DTensor) else data
