@@ -42,10 +42,10 @@ def test_a_folder_of_another_kind_is_kept(model_dir: Path, tmp_path: Path) -> No
         with pytest.raises(CheckpointError) as raised:
             check(tmp_path)
         assert str(raised.value) == (
-            f"{tmp_path} is an ONNX export, which --force does not replace by a model directory; "
+            f"{tmp_path} is not replaced, because it is an ONNX export and not a model directory; "
             "give another folder, or remove this one first."
         )
-    with pytest.raises(CheckpointError, match="is a model directory, which --force does not replace by an adapter"):
+    with pytest.raises(CheckpointError, match="not replaced, because it is a model directory and not an adapter"):
         require_replaceable_as(AdapterManifest, model_dir)
 
 

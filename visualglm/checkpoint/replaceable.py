@@ -37,7 +37,7 @@ def _require_nothing_else(
     found = kind_of(folder)
     if found and found is not kind:
         raise CheckpointError(
-            f"{folder} is {found.title}, which --force does not replace by {kind.title}; "
+            f"{folder} is not replaced, because it is {found.title} and not {kind.title}; "
             "give another folder, or remove this one first."
         )
     try:
