@@ -25,7 +25,7 @@ demo: $(USE) ## ask the built-in model what is in a picture
 	$(VENV)/bin/visualglm ask --image examples/stop.png "图里有什么？"
 
 test: lint ## lint, then every test that is neither slow nor for an accelerator
-	$(PY) -m pytest -m "not slow and not gpu"
+	$(PY) -m pytest -m "not slow and not gpu" --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(DEV) ## style and types
 	$(PY) -m ruff check .
