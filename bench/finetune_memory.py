@@ -42,9 +42,9 @@ def train(case: Case, results: multiprocessing.Queue[Measured]) -> None:
     import torch
 
     from visualglm.random_model import PRESETS, random_checkpoint
-    from visualglm.training.load import load_for_training
     from visualglm.training.recipe import DataRecipe, FinetuneRecipe, RunRecipe, TuneRecipe
-    from visualglm.training.trainable import make_trainable
+    from visualglm.training.torch.load import load_for_training
+    from visualglm.training.torch.trainable import make_trainable
 
     config = PRESETS[case["preset"]]
     tune = TuneRecipe(methods=(case["method"],), base_bits=case["bits"], layer_range=tuple(case["layers"]) or None)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import psutil
 
+import visualglm.training.torch.engine  # noqa: F401 - so that processes that are forked need not import it
 from visualglm.training.checkpoints import checkpoint_folders, load_checkpoint
 from visualglm.training.finetune import finetune
 from visualglm.training.recipe import FinetuneRecipe

@@ -110,14 +110,17 @@ def run_plain_loop(recipe: FinetuneRecipe, folder: Path) -> float:
 
     from visualglm.checkpoint.model_dir import open_model_directory
     from visualglm.processing.tokenizer import Tokenizer
-    from visualglm.training.load import load_for_training
     from visualglm.training.run_data import RunData, plan_data
-    from visualglm.training.trainable import make_trainable
+    from visualglm.training.torch.load import load_for_training
+    from visualglm.training.torch.read_ahead import read_by_processes
+    from visualglm.training.torch.trainable import make_trainable
 
     directory = open_model_directory(recipe.model or builtin_path())
     tokenizer = Tokenizer.for_model(directory.tokenizer_path or "", directory.config.text)
     planned = plan_data(recipe, tokenizer, directory.config)
-    data = RunData(planned, recipe, tokenizer, directory.config, None, rank=0, world_size=1)
+    data = RunData(
+        planned, recipe, tokenizer, directory.config, None, rank=0, world_size=1, read_ahead=read_by_processes
+    )
     model = load_for_training(directory, recipe, torch.device("cpu"))
     parameters = list(make_trainable(model, recipe.tune, recipe.run.seed).parameters().values())
     optimizer = torch.optim.AdamW(parameters, recipe.optimizer.learning_rate, recipe.optimizer.betas)
@@ -150,7 +153,8 @@ def run_plain_loop(recipe: FinetuneRecipe, folder: Path) -> float:
 
 def timed(run: Callable[[FinetuneRecipe, Path], float], recipe: FinetuneRecipe, folder: Path, tokens: int) -> Measured:
     """In this process, which has done nothing before; libraries are imported beforehand."""
-    import visualglm.training.finetune  # noqa: F401
+    import visualglm.training.finetune
+    import visualglm.training.torch.engine  # noqa: F401
 
     started = time.perf_counter()
     loss = run(recipe, folder)

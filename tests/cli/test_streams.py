@@ -52,7 +52,7 @@ def test_training_without_its_extra(name: str, invoke: Invoke, tmp_path: Path, m
     def absent(*_: object) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    import visualglm.training.builtin as builtin
+    import visualglm.training.torch.builtin as builtin
 
     monkeypatch.setattr(builtin, "read_recipe", absent)
     assert "pip install 'visualglm[train]'" in invoke("train-builtin", "recipe.yaml", tmp_path / "out").error

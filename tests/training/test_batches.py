@@ -1,27 +1,22 @@
 import json
-import multiprocessing
-import os
-import signal
-import time
 from collections.abc import Iterator, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
-import torch
 from PIL import Image
 
 from visualglm.config import VisualGLMConfig
 from visualglm.errors import DataError
 from visualglm.processing.tokenizer import Tokenizer
-from visualglm.training.batches import Batch, BatchSampler, collate, step_batches
+from visualglm.training.batches import Batch, BatchSampler, ReadAhead, collate, read_by_threads, step_batches
 from visualglm.training.examples import IGNORED_LABEL, ExampleDataset, plan_examples
 from visualglm.training.rows import open_rows
+from visualglm.training.torch.read_ahead import read_by_processes
 
 ROWS = 23
 SEED = 5
+WAYS = pytest.mark.parametrize(("workers", "way"), [(0, read_by_threads), (2, read_by_threads), (2, read_by_processes)])
 
 
 @pytest.fixture(scope="module")
@@ -175,80 +170,46 @@ def test_a_process_without_rows_has_a_batch_that_counts_for_nothing(dataset: Exa
     assert fourth[0].token_count == 0 and fourth[0].layout.batch_size == 1
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_goes_on_from_any_step_as_if_never_stopped(dataset: ExampleDataset, workers: int) -> None:
+@WAYS
+def test_a_run_goes_on_from_any_step_as_if_never_stopped(dataset: ExampleDataset, workers: int, way: ReadAhead) -> None:
     whole = run(dataset, 1, 2)[0]
     for start in range(12) if not workers else (0, 4, 6, 11):
-        rest = step_batches(dataset, sampler(dataset), start_step=start, stop_step=12, batch_size=2, workers=workers)
+        rest = step_batches(
+            dataset,
+            sampler(dataset),
+            start_step=start,
+            stop_step=12,
+            batch_size=2,
+            workers=workers,
+            read_ahead=way,
+        )
         for expected, found in zip(whole[start:], rest, strict=True):
             assert len(expected) == len(found) and all(map(same, expected, found))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_reading_draws_no_random_numbers(dataset: ExampleDataset, workers: int) -> None:
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    next(step_batches(dataset, sampler(dataset), batch_size=4, workers=workers))
-    assert torch.equal(torch.get_rng_state(), state)
+def test_threads_read_only_as_far_ahead_as_they_must() -> None:
+    asked: list[int] = []
+
+    def things() -> Iterator[int]:
+        for number in range(100):
+            asked.append(number)
+            yield number
+
+    found = read_by_threads(lambda number: number + 1, things(), 2)
+    assert [next(found), next(found)] == [1, 2]
+    assert len(asked) < 10
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@WAYS
 def test_a_row_that_cannot_be_read_is_one_sentence(
-    dataset: ExampleDataset, workers: int, request: pytest.FixtureRequest
+    dataset: ExampleDataset, workers: int, way: ReadAhead, request: pytest.FixtureRequest
 ) -> None:
     image = dataset.index.path.parent / "4.png"
     hidden = image.rename(image.with_suffix(".hidden"))
     request.addfinalizer(lambda: hidden.rename(image))
     with pytest.raises(DataError) as raised:
-        list(step_batches(dataset, sampler(dataset), stop_step=6, batch_size=4, workers=workers))
+        list(step_batches(dataset, sampler(dataset), stop_step=6, batch_size=4, workers=workers, read_ahead=way))
     assert str(raised.value) == (f"{dataset.index.path}, line 5: The image {image} does not exist; check the path.")
-
-
-class _Deadly(ExampleDataset):
-    """Ends the process that reads example 7, as a system without memory does."""
-
-    def __getitem__(self, number: int):
-        if number == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__getitem__(number)
-
-
-def test_a_worker_that_dies_is_told(dataset: ExampleDataset, tiny_config: VisualGLMConfig) -> None:
-    deadly = _Deadly(dataset.index, dataset.plan, dataset.tokenizer, tiny_config)
-    batches: Iterator[list[Batch]] = step_batches(deadly, sampler(dataset), stop_step=6, batch_size=4, workers=1)
-    with pytest.raises(DataError, match=r"^A process that reads rows has died .* set data\.workers lower"):
-        list(batches)
-
-
-def _read_for_ever(dataset: ExampleDataset, started: Connection) -> None:
-    batches = step_batches(dataset, sampler(dataset), batch_size=4, workers=2)
-    next(batches)
-    started.send([worker.pid for worker in multiprocessing.active_children()])
-    for _ in batches:
-        pass
-
-
-def test_workers_end_with_the_process_they_read_for(dataset: ExampleDataset) -> None:
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    reader = context.Process(target=_read_for_ever, args=(dataset, sender))
-    reader.start()
-    workers = receiver.recv()
-    reader.kill()
-    reader.join()
-    deadline = time.monotonic() + 10
-    while any(_is_alive(worker) for worker in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert len(workers) == 2
-
-
-def _is_alive(pid: int) -> bool:
-    """Where nobody waits for orphans, they stay as zombies."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

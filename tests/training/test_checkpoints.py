@@ -9,8 +9,8 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 
 from visualglm.errors import CheckpointError
 from visualglm.training.checkpoints import (
@@ -23,11 +23,11 @@ from visualglm.training.checkpoints import (
 
 
 def test_state_round_trips(tmp_path: Path) -> None:
-    state = TrainingState(3, {"model": {"w": torch.arange(6.0).view(2, 3)}}, {"note": "x"})
+    state = TrainingState(3, {"model": {"w": np.arange(6.0).reshape(2, 3)}}, {"note": "x"})
     path = save_checkpoint(tmp_path, state)
     loaded = load_checkpoint(path)
     assert (loaded.step, loaded.values) == (3, {"note": "x"})
-    assert torch.equal(loaded.tensors["model"]["w"], state.tensors["model"]["w"])
+    assert np.array_equal(loaded.tensors["model"]["w"], state.tensors["model"]["w"])
     assert read_values(path) == {"step": 3, "note": "x"}
 
 
@@ -35,7 +35,7 @@ def test_each_process_gets_back_its_own(tmp_path: Path) -> None:
     meet = threading.Barrier(3)
 
     def save(rank: int) -> None:
-        state = TrainingState(1, {"all": {"w": torch.tensor(7)}}, {}, {"random": {"cpu": torch.tensor(rank)}})
+        state = TrainingState(1, {"all": {"w": np.array(7)}}, {}, {"random": {"cpu": np.array(rank)}})
         save_checkpoint(tmp_path, state, rank=rank, wait=lambda: meet.wait() and None)
 
     threads = [threading.Thread(target=save, args=(rank,)) for rank in range(3)]
@@ -51,15 +51,15 @@ def test_each_process_gets_back_its_own(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
     script = f"""
 import resource, sys
-import torch
+import numpy as np
 from pathlib import Path
 from visualglm.errors import CheckpointError
 from visualglm.training.checkpoints import TrainingState, save_checkpoint
 folder = Path({str(tmp_path)!r})
-save_checkpoint(folder, TrainingState(1, {{"model": {{"w": torch.ones(10)}}}}, {{}}))
+save_checkpoint(folder, TrainingState(1, {{"model": {{"w": np.ones(10)}}}}, {{}}))
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
-    save_checkpoint(folder, TrainingState(2, {{"model": {{"w": torch.ones(100_000)}}}}, {{}}))
+    save_checkpoint(folder, TrainingState(2, {{"model": {{"w": np.ones(100_000)}}}}, {{}}))
 except CheckpointError as error:
     sys.exit(str(error))
 """
@@ -67,17 +67,17 @@ except CheckpointError as error:
     assert run.returncode == 1
     assert "step-00000002 could not be written" in run.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    assert torch.equal(load_checkpoint(tmp_path / "step-00000001").tensors["model"]["w"], torch.ones(10))
+    assert np.array_equal(load_checkpoint(tmp_path / "step-00000001").tensors["model"]["w"], np.ones(10))
 
 
 def test_kill_minus_nine_leaves_only_whole_checkpoints(tmp_path: Path) -> None:
     script = f"""
-import torch
+import numpy as np
 from itertools import count
 from pathlib import Path
 from visualglm.training.checkpoints import TrainingState, save_checkpoint
 for step in count(1):
-    state = TrainingState(step, {{"model": {{"w": torch.full((200_000,), float(step))}}}}, {{}})
+    state = TrainingState(step, {{"model": {{"w": np.full(200_000, float(step))}}}}, {{}})
     save_checkpoint(Path({str(tmp_path)!r}), state)
     print(step, flush=True)
 """
@@ -91,7 +91,7 @@ for step in count(1):
         process.communicate()
         for folder in checkpoint_folders(tmp_path):
             state = load_checkpoint(folder)
-            assert torch.equal(state.tensors["model"]["w"], torch.full((200_000,), float(state.step)))
+            assert np.array_equal(state.tensors["model"]["w"], np.full(200_000, float(state.step)))
 
 
 def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:

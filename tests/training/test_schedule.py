@@ -4,6 +4,8 @@ from math import cos, pi
 from typing import get_args
 
 import pytest
+import torch
+from transformers.optimization import get_scheduler
 
 from visualglm.training.recipe import OptimizerRecipe, Schedule
 from visualglm.training.schedule import annealing, learning_rate, pace_note, warmup_cosine
@@ -68,9 +70,20 @@ def test_a_rate_is_never_below_zero() -> None:
         ("constant", 100, 1.0),
     ],
 )
-def test_usual_schedules_are_those_of_the_library(schedule: Schedule, step: int, expected: float) -> None:
+def test_usual_schedules_in_figures(schedule: Schedule, step: int, expected: float) -> None:
     recipe = OptimizerRecipe(learning_rate=1.0, schedule=schedule, warmup_steps=10)
     assert learning_rate(recipe, step, total_steps=110) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "name"), [("cosine", "cosine"), ("linear", "linear"), ("constant", "constant_with_warmup")]
+)
+@pytest.mark.parametrize("warmup_steps", [0, 1, 13])
+def test_usual_schedules_have_the_bits_of_the_library(schedule: Schedule, name: str, warmup_steps: int) -> None:
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    (factor,) = get_scheduler(name, nothing, warmup_steps, 97).lr_lambdas
+    recipe = OptimizerRecipe(learning_rate=1.0, schedule=schedule, warmup_steps=warmup_steps)
+    assert [learning_rate(recipe, step, 97) for step in range(120)] == [factor(step) for step in range(120)]
 
 
 @pytest.mark.parametrize("schedule", get_args(Schedule))

@@ -27,7 +27,7 @@ def train_builtin(
     """
     messages = Messages(quiet)
     with needs_training():
-        from visualglm.training.builtin import read_recipe, train
+        from visualglm.training.torch.builtin import read_recipe, train
 
         chosen = read_recipe(recipe)
         with messages.row_progress("training") as report:

@@ -5,25 +5,24 @@ All of it is a function of the step alone, so that a resumed run, or one of anot
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
-from typing import TypeVar, cast
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from visualglm.config import TextConfig
-from visualglm.errors import DataError, VisualGLMError
+from visualglm.errors import VisualGLMError
 from visualglm.processing.layout import Layout, pad_batch
 from visualglm.training.examples import IGNORED_LABEL, ExampleDataset, TrainingItem
-from visualglm.training.launch import die_with
 
 Ints = NDArray[np.int64]
-T = TypeVar("T")
+S = TypeVar("S")
+R = TypeVar("R")
 
 # As many as the usual samplers take: padding is small, and who shares a step with whom is still by chance.
 _STEPS_SORTED_TOGETHER = 50
@@ -124,6 +123,30 @@ class _Share:
     stand_in: int
 
 
+class ReadAhead(Protocol):
+    """Calls a function with one thing after another, in order, by workers ahead of who asks; 0: when asked."""
+
+    def __call__(self, load: Callable[[S], R], things: Iterable[S], workers: int) -> Iterator[R]: ...
+
+
+def read_by_threads(load: Callable[[S], R], things: Iterable[S], workers: int) -> Iterator[R]:
+    """A `ReadAhead` that needs no library: threads, which read files and pictures side by side."""
+    if not workers:
+        yield from map(load, things)
+        return
+    under_way: deque[Future[R]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for thing in things:
+            under_way.append(pool.submit(load, thing))
+            if len(under_way) > 2 * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def step_batches(
     dataset: ExampleDataset,
     sampler: BatchSampler,
@@ -134,32 +157,19 @@ def step_batches(
     world_size: int = 1,
     batch_size: int,
     workers: int = 0,
+    read_ahead: ReadAhead = read_by_threads,
 ) -> Iterator[list[Batch]]:
     """For each step, the batches of this process; one after another, epoch after epoch, up to `stop_step`.
 
     All processes get equally many batches of a step, so that they can meet in each. Their rows together are those of
     `sampler.step`. Raises `DataError` if a row cannot be read any more, or a worker dies.
     """
-    # Only here, so that those who evaluate without torch can collate.
-    import torch
-    from torch.utils.data import DataLoader
-
     steps = count(start_step) if stop_step is None else range(start_step, stop_step)
-    loader = DataLoader(
-        cast("torch.utils.data.Dataset[list[Batch] | VisualGLMError]", _StepLoader(dataset)),
-        batch_size=None,
-        sampler=(_share(sampler.step(step), rank, world_size, batch_size) for step in steps),
-        num_workers=workers,
-        collate_fn=_unchanged,
-        worker_init_fn=partial(_die_with, os.getpid()),
-        # Its own: from the global one it would draw a number, and a resumed run would go on with another dropout.
-        generator=torch.Generator(),
-    )
-    with dead_workers_named():
-        for loaded in loader:
-            if isinstance(loaded, VisualGLMError):
-                raise loaded
-            yield loaded
+    shares = (_share(sampler.step(step), rank, world_size, batch_size) for step in steps)
+    for loaded in read_ahead(_StepLoader(dataset), shares, workers):
+        if isinstance(loaded, VisualGLMError):
+            raise loaded
+        yield loaded
 
 
 def _share(examples: Ints, rank: int, world_size: int, batch_size: int) -> _Share:
@@ -175,7 +185,7 @@ class _StepLoader:
     def __init__(self, dataset: ExampleDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, share: _Share) -> list[Batch] | VisualGLMError:
+    def __call__(self, share: _Share) -> list[Batch] | VisualGLMError:
         try:
             return [self._batch(examples, share.stand_in) for examples in share.batches]
         except VisualGLMError as error:
@@ -185,29 +195,6 @@ class _StepLoader:
         items = [self.dataset[int(number)] for number in examples]
         text = self.dataset.config.text
         return collate(items, text) if items else collate([self.dataset[stand_in]], text, learns=False)
-
-
-@contextmanager
-def dead_workers_named() -> Iterator[None]:
-    """Turns what torch raises, wherever this process is just then, when a worker has died into a `DataError`."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError(
-            f"A process that reads rows has died ({error}), maybe for want of memory; "
-            "set data.workers lower, or to 0 for none."
-        ) from error
-
-
-def _die_with(parent: int, worker: int) -> None:
-    """Workers wait for one another by locks, and those of a process that was killed may wait for ever."""
-    die_with(parent)
-
-
-def _unchanged(loaded: T) -> T:
-    return loaded
 
 
 def _stacked(arrays: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:

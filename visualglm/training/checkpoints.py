@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.numpy import load_file, save_file
 
 from visualglm.errors import CheckpointError
 
@@ -21,8 +22,8 @@ _NAME = re.compile(r"step-(\d{8})")
 _OWN = re.compile(r"(.+)-of-rank-(\d+)")
 _STATE = "state.json"
 
-Groups = Mapping[str, Mapping[str, Tensor]]
-"""Named groups of named tensors, each group a file."""
+Groups = Mapping[str, Mapping[str, NDArray[Any]]]
+"""Named groups of named arrays, each group a file."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ def read_values(path: Path) -> dict[str, Any]:
 def load_checkpoint(path: Path, rank: int = 0) -> TrainingState:
     """Read one checkpoint, as the process `rank` needs it. Raises `CheckpointError` if a file is damaged."""
     values = read_values(path)
-    tensors: dict[str, Mapping[str, Tensor]] = {}
-    own: dict[str, Mapping[str, Tensor]] = {}
+    tensors: dict[str, Mapping[str, NDArray[Any]]] = {}
+    own: dict[str, Mapping[str, NDArray[Any]]] = {}
     try:
         for file in sorted(path.glob("*.safetensors")):
             belongs = _OWN.fullmatch(file.stem)
@@ -106,8 +107,8 @@ def load_checkpoint(path: Path, rank: int = 0) -> TrainingState:
     return TrainingState(values.pop("step"), tensors, values, own)
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+def _write(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+    save_file({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}, path)
     _sync(path)
 
 

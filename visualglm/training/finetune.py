@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -10,36 +9,27 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
-
-from visualglm.backends.base import ImageEmbeds
-from visualglm.backends.torch.load import memory_of
 from visualglm.checkpoint.adapter_dir import write_adapter
 from visualglm.checkpoint.files import locked_folder
 from visualglm.checkpoint.manifest import Source
 from visualglm.checkpoint.model_dir import ModelDirectory, open_model_directory
-from visualglm.config import DType
 from visualglm.errors import DISK_FULL, CheckpointError, TokenizerError
 from visualglm.export_cache import cache_folder
 from visualglm.loading import BUILTIN_NAME, builtin_path
 from visualglm.memory import gib
 from visualglm.parameters import parameter_count
 from visualglm.processing.tokenizer import Tokenizer
-from visualglm.training.batches import Batch, dead_workers_named
-from visualglm.training.distributed import Processes, join_processes, lost_process_named, shard
+from visualglm.training.batches import Batch
+from visualglm.training.engine import TrainingBackend, TrainingEngine, Tuned, join_engine
 from visualglm.training.fingerprint import newest_of_run
 from visualglm.training.image_cache import ImageCache
-from visualglm.training.load import ALL_PARTS, Part, load_for_training, training_dtype
-from visualglm.training.loop import LoopConfig, StepReport, Task, Trainer
-from visualglm.training.loss import AnswerLoss
-from visualglm.training.parts import whole_parts
+from visualglm.training.loop import Course, StepReport, Trainer, loop_config
+from visualglm.training.parts import is_sharded, whole_parts
 from visualglm.training.recipe import FinetuneRecipe
 from visualglm.training.run_data import PlannedData, RunData, plan_data
 from visualglm.training.run_folder import RunFolder
 from visualglm.training.run_log import RunLog
 from visualglm.training.schedule import learning_rate, pace_note
-from visualglm.training.trainable import Trainable, make_trainable
 from visualglm.training.training_memory import TrainingCase, TrainingMemory, require_training_memory
 
 # A process of an earlier run that was killed may hold the folder a little longer: its workers look now and then.
@@ -81,7 +71,13 @@ class Silent:
 
 
 def finetune(
-    recipe: FinetuneRecipe, output: Path, *, resume: bool = False, device: str = "auto", ui: RunUI | None = None
+    recipe: FinetuneRecipe,
+    output: Path,
+    *,
+    resume: bool = False,
+    backend: TrainingBackend = "torch",
+    device: str = "auto",
+    ui: RunUI | None = None,
 ) -> Path:
     """Train, and return the folder of the adapter, `output/adapter`; one process of a run, which launches no others.
 
@@ -89,12 +85,12 @@ def finetune(
     are bad, the memory does not suffice, `output` holds another run, a checkpoint cannot be written, or another
     process of the run is gone.
     """
-    processes = join_processes(device)
+    engine = join_engine(backend, device)
     folder = RunFolder(output)
-    with lost_process_named(), dead_workers_named(), _disk_named(output):
-        processes.first_does(lambda: folder.require_free(resume=resume))
-        _Run(recipe, folder, processes, (ui or Silent()) if processes.is_first else Silent()).run()
-    processes.leave()
+    with engine.faults_named(), _disk_named(output):
+        engine.processes.first_does(lambda: folder.require_free(resume=resume))
+        _Run(recipe, folder, engine, (ui or Silent()) if engine.processes.rank == 0 else Silent()).run()
+    engine.processes.leave()
     return folder.adapter
 
 
@@ -134,15 +130,16 @@ class _Base:
 class _Run:
     """One process of a run."""
 
-    def __init__(self, recipe: FinetuneRecipe, folder: RunFolder, processes: Processes, ui: RunUI) -> None:
+    def __init__(self, recipe: FinetuneRecipe, folder: RunFolder, engine: TrainingEngine, ui: RunUI) -> None:
         self.recipe = recipe
         self.folder = folder
-        self.processes = processes
+        self.engine = engine
+        self.processes = engine.processes
+        self.is_first = engine.processes.rank == 0
         self.ui = ui
         self.base = _Base.open(recipe.model)
-        self.dtype: DType = training_dtype(recipe.run.precision, self.base.directory.config, processes.device)
+        self.dtype = engine.precision(recipe, self.base.directory.config)
         self.trains_image = any(part != "text" for part in whole_parts(recipe.tune))
-        self.is_sharded = "full" in recipe.tune.methods and processes.world_size > 1
         self.encodes_first = recipe.data.cache_images and not self.trains_image
 
     def run(self) -> None:
@@ -155,19 +152,19 @@ class _Run:
         with self._held_folder():
             self.processes.first_does(lambda: self.folder.begin(self.recipe))
             data = self._data(planned)
-            trainable = self._load(with_encoder)
-            self._show(trainable, memory, data)
-            trainer = self._trainer(trainable, data, fingerprint)
+            tuned = self.engine.load(self.base.directory, self.recipe, with_encoder=with_encoder)
+            self._show(tuned, memory, data)
+            trainer = self._trainer(tuned, data, fingerprint)
             if trainer.resume():
                 self.ui.tell(f"Going on from step {trainer.step} of {data.total_steps}.")
-            self._train(trainer, trainable, data)
-            self._write(self.folder.adapter, trainable, trainer.step)
+            self._train(trainer, tuned, data)
+            self._write(self.folder.adapter, tuned, trainer.step)
         if trainer.skipped_steps:
             self.ui.tell(f"{trainer.skipped_steps} steps were left out, because their gradients were not finite.")
 
     def _held_folder(self) -> AbstractContextManager[None]:
         """The first process holds it against other runs."""
-        if not self.processes.is_first:
+        if not self.is_first:
             return nullcontext()
         self.folder.path.mkdir(parents=True, exist_ok=True)
         return locked_folder(self.folder.path, patience=_PATIENCE_SECONDS)
@@ -192,16 +189,14 @@ class _Run:
 
     def _require_memory(self, longest: tuple[int, int], with_encoder: bool) -> tuple[TrainingMemory, int]:
         """What the run takes, and what there is for this process."""
-        device = self.processes.device
-        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
-        available = memory_of(device) // sharing
+        available, world_size = self.engine.free_memory(), self.processes.world_size
         case = TrainingCase(
             self.base.directory.config,
             self.recipe,
             self.dtype,
             *longest,
             image_encoder=with_encoder,
-            shards=self.processes.world_size if self.is_sharded else 1,
+            shards=world_size if is_sharded(self.recipe.tune, world_size) else 1,
         )
         return require_training_memory(case, available, self.processes.device_name), available
 
@@ -216,6 +211,7 @@ class _Run:
             cache if self.encodes_first else None,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
+            read_ahead=self.engine.read_ahead,
         )
         if self.encodes_first:
             self._encode(data.images(), cache)
@@ -227,34 +223,16 @@ class _Run:
         missing = cache.missing(images)
         if not missing:
             return
-        device = self.processes.device
-        model = load_for_training(self.base.directory, self.recipe, device, ["image"])
-
-        def encode(pixels: Any) -> list[ImageEmbeds]:
-            with torch.no_grad():
-                embeds = model.encode_images(torch.from_numpy(pixels).to(device, getattr(torch, self.dtype)))
-            return [ImageEmbeds(array) for array in embeds.float().cpu().numpy()]
-
+        encode = self.engine.image_encoder(self.base.directory, self.recipe)
         with self.ui.row_progress("encoding images") as report:
             cache.fill(missing, encode, report=report)
 
-    def _load(self, with_encoder: bool) -> Trainable:
-        recipe = self.recipe
-        parts: Sequence[Part] = ALL_PARTS if with_encoder else ["text"]
-        model = load_for_training(self.base.directory, recipe, self.processes.device, parts)
-        return make_trainable(
-            model,
-            recipe.tune,
-            recipe.run.seed,
-            dtype=self.dtype,
-            activation_checkpointing=recipe.run.activation_checkpointing,
-        )
-
-    def _show(self, trainable: Trainable, memory: tuple[TrainingMemory, int], data: RunData) -> None:
+    def _show(self, tuned: Tuned, memory: tuple[TrainingMemory, int], data: RunData) -> None:
         """What is trained and what it takes, before the first step."""
-        rows = [(part.what, part.layers, f"{part.parameters:,}") for part in trainable.summary()]
+        summary = tuned.summary()
+        rows = [(part.what, part.layers, f"{part.parameters:,}") for part in summary]
         self.ui.show_table(rows, ("trained", "layers", "parameters"))
-        trained = sum(part.parameters for part in trainable.summary())
+        trained = sum(part.parameters for part in summary)
         total = parameter_count(self.base.directory.config)
         needed, available = memory
         self.ui.tell(f"{trained:,} parameters are trained, {trained / total:.3%} beside the model's {total:,}.")
@@ -268,44 +246,21 @@ class _Run:
         if note := pace_note(self.recipe.optimizer, data.total_steps):
             self.ui.tell(note)
 
-    def _trainer(self, trainable: Trainable, data: RunData, fingerprint: dict[str, Any]) -> Trainer[Batch]:
-        recipe, total = self.recipe, data.total_steps
-        loss, device = trainable.loss, self.processes.device
-        module = _WithImage(loss, device) if trainable.trains_vision else loss
-        if self.is_sharded:
-            shard(module, self.processes)
-        # What dropout leaves out is another matter in each process.
-        torch.manual_seed(recipe.run.seed + self.processes.rank)
-        task = Task(
-            module,
-            _answer_loss,
-            lambda batch: batch.token_count,
-            data.batches,
-            lambda step: learning_rate(recipe.optimizer, step, total),
-            sharded=self.is_sharded,
-            scaled=self.dtype == "float16",
-        )
-        config = LoopConfig(
-            total_steps=total,
-            weight_decay=recipe.optimizer.weight_decay,
-            betas=recipe.optimizer.betas,
-            eps=recipe.optimizer.eps,
-            max_grad_norm=recipe.optimizer.max_grad_norm,
-            checkpoint_every=recipe.run.checkpoint_every,
-            keep_checkpoints=recipe.run.keep_checkpoints,
-            log_every=recipe.run.log_every,
-        )
-        return Trainer(config, task, self.processes, self.folder.checkpoints, fingerprint)
+    def _trainer(self, tuned: Tuned, data: RunData, fingerprint: dict[str, Any]) -> Trainer[Batch]:
+        total = data.total_steps
+        course = Course(data.batches, lambda step: learning_rate(self.recipe.optimizer, step, total))
+        config, learner = loop_config(self.recipe, total), tuned.learner(total)
+        return Trainer(config, learner, course, self.processes, self.folder.checkpoints, fingerprint)
 
-    def _train(self, trainer: Trainer[Batch], trainable: Trainable, data: RunData) -> None:
-        log = self._log(trainer.step) if self.processes.is_first else None
+    def _train(self, trainer: Trainer[Batch], tuned: Tuned, data: RunData) -> None:
+        log = self._log(trainer.step) if self.is_first else None
         every = self.recipe.run.validate_every or data.steps_per_epoch
         with self.ui.noted_progress("training") as report:
             for step in trainer.run():
                 is_last = step.step == data.total_steps
                 validation = {}
                 if data.validation and (step.step % every == 0 or is_last):
-                    validation = self._validate(trainer, trainable, data, step)
+                    validation = self._validate(trainer, tuned, data, step)
                 if log and (validation or is_last or step.step % trainer.config.log_every == 0):
                     log.append(step, validation)
                 if log and (validation or step.step % trainer.config.checkpoint_every == 0):
@@ -317,66 +272,37 @@ class _Run:
     def _log(self, first_step: int) -> RunLog:
         folder = self.folder
         title = f"{folder.path.name}: {', '.join(self.recipe.tune.methods)}"
-        return RunLog(folder.log, folder.curve, title=title, events=folder.events, first_step=first_step)
+        scalars = self.engine.scalar_writer(folder.events, first_step)
+        return RunLog(folder.log, folder.curve, title=title, scalars=scalars, first_step=first_step)
 
-    def _validate(
-        self, trainer: Trainer[Batch], trainable: Trainable, data: RunData, step: StepReport
-    ) -> dict[str, float]:
+    def _validate(self, trainer: Trainer[Batch], tuned: Tuned, data: RunData, step: StepReport) -> dict[str, float]:
         """Losses of the rows that are not trained on; the best adapter by them is kept."""
-        losses = trainer.evaluate(data.validation_batches())
+        losses = trainer.learner.evaluate(data.validation_batches())
         best = trainer.notes.get("best")
         is_best = isfinite(losses["loss"]) and (best is None or losses["loss"] < best["loss"])
         if is_best:
             trainer.notes["best"] = {"step": step.step, **losses}
-            self._write(self.folder.best, trainable, step.step)
+            self._write(self.folder.best, tuned, step.step)
         self.ui.tell(
             f"step {step.step}: loss {step.losses['loss']:.4f}, held-out rows {losses['loss']:.4f}"
             f"{' (the best)' if is_best else ''}"
         )
         return losses
 
-    def _write(self, path: Path, trainable: Trainable, step: int) -> None:
+    def _write(self, path: Path, tuned: Tuned, step: int) -> None:
         """Write an adapter; all processes help to gather it."""
-        whole = trainable.whole_tensors(kept=self.processes.is_first)
-        if not self.processes.is_first:
+        adapter = tuned.adapter()
+        if adapter is None:
             return
-        lora, prefix = trainable.adapter_tensors(), trainable.prefix_tensors()
         write_adapter(
             path,
             base=self.base.directory,
-            lora_settings=trainable.lora_settings(),
-            lora={name: tensor.numpy() for name, tensor in lora.items()},
-            trained={name: tensor.numpy() for name, tensor in whole.items()},
-            prefix={name: tensor.numpy() for name, tensor in prefix.items()},
+            lora_settings=adapter.lora_settings,
+            lora=adapter.lora,
+            trained=adapter.trained,
+            prefix=adapter.prefix,
             source=Source(format="visualglm-finetune"),
             base_name=self.base.name,
             settings={"step": step, **self.recipe.model_dump(mode="json", include={"tune", "optimizer"})},
             force=True,
         )
-
-
-class _WithImage(nn.Module):
-    """The loss where the image encoder learns: every batch goes through it, in all processes and in the same order.
-
-    FSDP needs that, since all have parts of its weights. An image that a batch lacks is made up, and counts for
-    nothing; gradients are then 0, not missing, whatever the number of processes.
-    """
-
-    def __init__(self, loss: AnswerLoss, device: torch.device) -> None:
-        super().__init__()
-        self.loss = loss
-        self.device = device
-
-    def forward(self, batch: Batch) -> tuple[Tensor, int]:
-        if batch.pixels is not None:
-            return self.loss(batch)  # type: ignore[no-any-return]
-        model = self.loss.model
-        size = model.config.vision.image_size
-        blank = model.encode_images(torch.zeros(1, 3, size, size, device=self.device))
-        total, count = self.loss(batch)
-        return total + 0.0 * blank.sum(), count
-
-
-def _answer_loss(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    total, _ = module(batch)
-    return {"loss": total}

@@ -44,6 +44,11 @@ def lora_modules(tune: TuneRecipe, text: TextConfig) -> list[str]:
     ]
 
 
+def is_sharded(tune: TuneRecipe, processes: int) -> bool:
+    """Whether so many processes share the weights, each with a part of them, instead of all having all of them."""
+    return "full" in tune.methods and processes > 1
+
+
 def is_quantized(name: str, tune: TuneRecipe) -> bool:
     """Whether a parameter is a matrix that qlora keeps in whole numbers: those of the decoder's layers."""
     is_matrix = name.startswith("text.layers.") and name.endswith(".weight") and "norm" not in name

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from visualglm.config import VisualGLMConfig
 from visualglm.processing.tokenizer import Tokenizer
-from visualglm.training.batches import Batch, BatchSampler, step_batches
+from visualglm.training.batches import Batch, BatchSampler, ReadAhead, step_batches
 from visualglm.training.examples import ExampleDataset, ExamplePlan, plan_examples
 from visualglm.training.image_cache import ImageCache
 from visualglm.training.recipe import DEFAULT_STEPS, FinetuneRecipe
@@ -92,10 +92,12 @@ class RunData:
         *,
         rank: int,
         world_size: int,
+        read_ahead: ReadAhead,
     ) -> None:
         self._run = recipe.run
         self._workers = recipe.data.workers
         self._rank, self._world_size = rank, world_size
+        self._read_ahead = read_ahead
 
         def dataset(part: PlannedRows) -> ExampleDataset:
             length = recipe.data.max_length
@@ -145,4 +147,5 @@ class RunData:
             world_size=self._world_size,
             batch_size=self._run.batch_size,
             workers=self._workers,
+            read_ahead=self._read_ahead,
         )

@@ -9,9 +9,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from visualglm.training.curve import draw_curve
+from visualglm.training.engine import ScalarWriter
 from visualglm.training.loop import StepReport
 
 # A picture takes a second, which is many steps of a small model.
@@ -21,18 +20,18 @@ _SECONDS_BETWEEN_PICTURES = 60.0
 class RunLog:
     """The log of one run. What a run that was cut off wrote after the checkpoint it goes on from is dropped.
 
-    events: the folder of TensorBoard's events; None for none of them.
+    scalars: where its numbers go too, such as TensorBoard's events.
     """
 
     def __init__(
-        self, path: Path, picture: Path, *, title: str, events: Path | None = None, first_step: int = 0
+        self, path: Path, picture: Path, *, title: str, scalars: ScalarWriter | None = None, first_step: int = 0
     ) -> None:
         self.path = path
         self.picture = picture
         self.title = title
         self._drop_after(first_step)
         self._drawn = time.monotonic()
-        self._writer = SummaryWriter(str(events), purge_step=first_step + 1) if events else None
+        self._writer = scalars
 
     def append(self, report: StepReport, validation: Mapping[str, float] | None = None) -> None:
         """One line for a step; `validation` are the losses of rows that are not trained on."""

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
 from math import cos, inf, pi
 
 from visualglm.training.recipe import OptimizerRecipe
 
 # AnnealingLR holds the rate down for so many steps, whatever the warmup is, at no more than this share of it.
 _SLOW_STEPS, _SLOW_FACTOR = 100, 0.05
-# The usual schedules, by the names that the library gives them.
-_USUAL = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 def learning_rate(optimizer: OptimizerRecipe, step: int, total_steps: int) -> float:
@@ -67,15 +63,14 @@ def _factor(optimizer: OptimizerRecipe, step: int, decay_steps: int) -> float:
             decay_steps=decay_steps,
             decay_ratio=optimizer.decay_ratio,
         )
-    return _usual(optimizer.schedule, optimizer.warmup_steps, decay_steps)(step)
+    return _usual(optimizer.schedule, step, optimizer.warmup_steps, decay_steps)
 
 
-@lru_cache(maxsize=8)
-def _usual(schedule: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """A schedule of the library, which makes it for an optimiser: here, for one that trains nothing."""
-    import torch
-    from transformers.optimization import get_scheduler
-
-    nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    factor: Callable[[int], float] = get_scheduler(_USUAL[schedule], nothing, warmup_steps, total_steps).lr_lambdas[0]
-    return factor
+def _usual(decay: str, step: int, warmup_steps: int, decay_steps: int) -> float:
+    """The schedules of transformers, to the bit; written here, because that library needs torch."""
+    if step < warmup_steps:
+        return step / warmup_steps
+    left = max(1, decay_steps - warmup_steps)
+    if decay == "cosine":
+        return max(0.0, 0.5 * (1.0 + cos(pi * 0.5 * 2.0 * ((step - warmup_steps) / left))))
+    return max(0.0, (decay_steps - step) / left) if decay == "linear" else 1.0

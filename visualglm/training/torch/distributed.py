@@ -59,7 +59,8 @@ class Processes:
 
     def wait(self) -> None:
         """Until all processes are here."""
-        self.accelerator.wait_for_everyone()
+        with lost_process_named():
+            self.accelerator.wait_for_everyone()
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """The sum of each of `values` over all processes."""

@@ -1,6 +1,6 @@
 """A task small enough to be exact about, with dropout; as a program it is one process of a run.
 
-`python -m tests.training.toy FOLDER STEPS [MISHAP]` trains in as many processes as are launched.
+`python -m tests.training.torch.toy FOLDER STEPS [MISHAP]` trains in as many processes as are launched.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from visualglm.errors import DataError, VisualGLMError
-from visualglm.training.distributed import Processes, join_processes, shard
-from visualglm.training.loop import LoopConfig, Task, Trainer
+from visualglm.training.loop import Course, LoopConfig, Trainer
+from visualglm.training.torch.distributed import Processes, join_processes, shard
+from visualglm.training.torch.learner import Task, TorchLearner
 
 ROWS = 8
 
@@ -53,13 +54,15 @@ def make_trainer(
         model,
         lambda module, batch: {"fit": (module(batch)[:, 0] - batch.sum(1)).square().sum()},
         len,
-        lambda first_step: batches(here, accumulation, first_step),
-        lambda step: 0.05 * min(1.0, (step + 1) / 3),
         sharded=sharded,
         scaled=scaled,
     )
     config = LoopConfig(total_steps=steps, checkpoint_every=5, keep_checkpoints=keep)
-    return Trainer(config, task, here, folder, {"recipe": recipe, "processes": here.world_size})
+    course = Course(
+        lambda first_step: batches(here, accumulation, first_step), lambda step: 0.05 * min(1.0, (step + 1) / 3)
+    )
+    learner = TorchLearner(config, task, here)
+    return Trainer(config, learner, course, here, folder, {"recipe": recipe, "processes": here.world_size})
 
 
 class _Stack(nn.Module):

@@ -21,12 +21,13 @@ from visualglm.processing.tokenizer import Tokenizer
 from visualglm.scenes.dataset import BatchPlan, Rows, SceneBatch, SceneBatches, sample_pixels
 from visualglm.scenes.teacher import SceneTeacher
 from visualglm.scenes.vocabulary import train_tokenizer
-from visualglm.training.distributed import Processes, join_processes
-from visualglm.training.initialize import initialize
-from visualglm.training.loop import LoopConfig, Task, Trainer
-from visualglm.training.publish import publish
+from visualglm.training.loop import Course, LoopConfig, Trainer
 from visualglm.training.run_log import RunLog
 from visualglm.training.schedule import warmup_cosine
+from visualglm.training.torch.distributed import Processes, join_processes
+from visualglm.training.torch.initialize import initialize
+from visualglm.training.torch.learner import Task, TorchLearner
+from visualglm.training.torch.publish import publish
 from visualglm.training.yaml_file import read_yaml
 
 Part = Literal["vision", "qformer", "projection", "text", "teacher"]
@@ -160,7 +161,7 @@ def train(
 
 def _run_stage(trainer: Trainer[SceneBatch], stage: Stage, output: Path, report: Callable[[int], None]) -> None:
     log = None
-    if trainer.processes.is_first:
+    if trainer.processes.rank == 0:
         paths = (output / f"{stage.name}.{suffix}" for suffix in ("jsonl", "png"))
         log = RunLog(*paths, title=f"{output.name}: {stage.name}", first_step=trainer.step)
     for step in trainer.run():
@@ -202,15 +203,15 @@ def _stage_trainer(
         "stages": [earlier.model_dump(mode="json") for earlier in recipe.stages[: index + 1]],
         "processes": processes.world_size,
     }
-    task = Task(
+    task: Task[SceneBatch] = Task(
         builtin,
         lambda module, batch: module(batch),
         lambda batch: 1.0,  # the losses are means already, of equally many scenes
-        batches,
-        stage.loop.rate,
         kept=builtin.state_dict(),
     )
-    return Trainer(stage.loop, task, processes, output / f"{index + 1}-{stage.name}", fingerprint)
+    learner = TorchLearner(stage.loop, task, processes)
+    course = Course(batches, stage.loop.rate)
+    return Trainer(stage.loop, learner, course, processes, output / f"{index + 1}-{stage.name}", fingerprint)
 
 
 def _tokenizer(recipe: BuiltinRecipe, output: Path, processes: Processes) -> Tokenizer:

@@ -22,7 +22,7 @@ from visualglm.model import VisualGLM
 from visualglm.parameters import prefix_name
 from visualglm.training.batches import Batch
 from visualglm.training.recipe import TuneRecipe
-from visualglm.training.trainable import Trainable, make_trainable
+from visualglm.training.torch.trainable import Trainable, make_trainable
 
 BOUND = 1e-5
 NAMES = {"attention.query_key_value": "attention.qkv", "attention.dense": "attention.proj"}

@@ -7,18 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 import yaml
 
 import visualglm
 from visualglm.errors import ConfigError
 from visualglm.scenes.draw import draw_scene
 from visualglm.scenes.scene import make_scene
-from visualglm.training.builtin import BuiltinRecipe, read_recipe, train
 from visualglm.training.checkpoints import checkpoint_folders, load_checkpoint
+from visualglm.training.torch.builtin import BuiltinRecipe, read_recipe, train
 
-RECIPE = Path(__file__).parents[2] / "configs" / "builtin.yaml"
+RECIPE = Path(__file__).parents[3] / "configs" / "builtin.yaml"
 
 
 def short(recipe: BuiltinRecipe) -> BuiltinRecipe:
@@ -62,7 +62,7 @@ def test_trains_a_model_that_can_be_asked_and_resumes_to_the_same_bits(tmp_path:
         for name in ("whole", "stopped")
     )
     assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_only_the_parts_of_a_stage_learn(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_only_the_parts_of_a_stage_learn(tmp_path: Path) -> None:
     see, speak = (
         load_checkpoint(checkpoint_folders(tmp_path / folder)[-1]).tensors["weights"] for folder in ("2-see", "3-speak")
     )
-    changed = {name.split(".")[1] for name in see if not torch.equal(see[name], speak[name])}
+    changed = {name.split(".")[1] for name in see if not np.array_equal(see[name], speak[name])}
     assert changed == {"text"}
 
 

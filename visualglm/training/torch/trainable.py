@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,22 +18,15 @@ from visualglm.backends.torch.vit import ViT
 from visualglm.checkpoint.peft_config import peft_values
 from visualglm.config import DType
 from visualglm.errors import CheckpointError
-from visualglm.training.lora import add_lora, is_lora, peft_name
-from visualglm.training.loss import AnswerLoss
+from visualglm.training.engine import Trained
 from visualglm.training.parts import WholePart, lora_modules, whole_parts
 from visualglm.training.recipe import TuneRecipe
+from visualglm.training.torch.lora import add_lora, is_lora, peft_name
+from visualglm.training.torch.loss import AnswerLoss
 
 _PART_NAMES: dict[WholePart, str] = {
     "vision": "ViT", "qformer": "Q-Former", "projection": "projection", "text": "ChatGLM",
 }  # fmt: skip
-
-
-class Trained(NamedTuple):
-    """A row of the table shown before training: what is trained, in which layers, and how many parameters."""
-
-    what: str
-    layers: str
-    parameters: int
 
 
 class Trainable:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
-from tests.training.toy import make_trainer
+from tests.training.torch.toy import make_trainer
 from visualglm.errors import CheckpointError, ConfigError
 from visualglm.training.checkpoints import checkpoint_folders, load_checkpoint
 from visualglm.training.loop import StepReport, Trainer
 from visualglm.training.run_log import RunLog
+from visualglm.training.torch.learner import TorchLearner
 
 STEPS = 12
 
 
+def learner(trainer: Trainer[Tensor]) -> TorchLearner[Tensor]:
+    assert isinstance(trainer.learner, TorchLearner)
+    return trainer.learner
+
+
 def weights(trainer: Trainer[Tensor]) -> Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in trainer.parameters.values()])
+    return torch.cat([parameter.detach().flatten() for parameter in learner(trainer).parameters.values()])
 
 
 def test_learns_and_keeps_the_newest_checkpoints(tmp_path: Path) -> None:
@@ -88,12 +96,12 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
 def test_steps_that_are_not_finite_are_left_out_and_counted(tmp_path: Path, scaled: bool) -> None:
     trainer = make_trainer(tmp_path, scaled=scaled)
     before = weights(trainer)
-    object.__setattr__(trainer.task, "batches", lambda first_step: iter([[torch.full((8, 4), float("inf"))]] * STEPS))
+    trainer.course = replace(trainer.course, batches=lambda first_step: [[torch.full((8, 4), float("inf"))]] * STEPS)
     reports = list(trainer.run())
     assert all(report.skipped for report in reports)
     assert trainer.skipped_steps == STEPS
     assert torch.equal(weights(trainer), before)
-    assert trainer.scaler.get_scale() == (65536 / 2**STEPS if scaled else 1)
+    assert learner(trainer).scaler.get_scale() == (65536 / 2**STEPS if scaled else 1)
 
 
 def test_the_scale_of_losses_changes_nothing_and_is_kept(tmp_path: Path) -> None:
@@ -108,16 +116,18 @@ def test_evaluation_learns_nothing_and_draws_nothing(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, dropout=0.5)
     before, drawn = weights(trainer), torch.get_rng_state()
     rows = torch.ones(6, 4)
-    together = trainer.evaluate([[rows]])
-    assert trainer.evaluate([[rows[:1]], [rows[1:3], rows[3:]]]) == pytest.approx(together)
-    assert trainer.evaluate([]) == {}
+    evaluate = trainer.learner.evaluate
+    together = evaluate([[rows]])
+    assert evaluate([[rows[:1]], [rows[1:3], rows[3:]]]) == pytest.approx(together)
+    assert evaluate([]) == {}
     assert torch.equal(weights(trainer), before)
     assert torch.equal(torch.get_rng_state(), drawn)
-    assert trainer.task.module.training
+    assert learner(trainer).task.module.training
 
 
 def test_log_and_curve(tmp_path: Path) -> None:
-    log = RunLog(tmp_path / "log.jsonl", tmp_path / "curve.png", title="a run", events=tmp_path / "runs")
+    scalars = SummaryWriter(str(tmp_path / "runs"))
+    log = RunLog(tmp_path / "log.jsonl", tmp_path / "curve.png", title="a run", scalars=scalars)
     for report in make_trainer(tmp_path / "run").run():
         log.append(report, {"fit": 1.0} if report.step % 4 == 0 else None)
     log.close()

@@ -14,9 +14,9 @@ from visualglm.errors import CheckpointError, ConfigError
 from visualglm.parameters import parameter_shapes
 from visualglm.processing.layout import pad_batch
 from visualglm.training.batches import Batch
-from visualglm.training.load import load_for_training
 from visualglm.training.recipe import DataRecipe, FinetuneRecipe, TuneRecipe
-from visualglm.training.trainable import Trainable, make_trainable
+from visualglm.training.torch.load import load_for_training
+from visualglm.training.torch.trainable import Trainable, make_trainable
 
 CPU = torch.device("cpu")
 

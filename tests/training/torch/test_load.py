@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training.test_trainable import batch_of, gradients
+from tests.training.torch.test_trainable import batch_of, gradients
 from visualglm.backends.torch.quantized_linear import QuantizedLinear
 from visualglm.checkpoint.model_dir import ModelDirectory, open_model_directory
 from visualglm.config import VisualGLMConfig
 from visualglm.errors import DeviceError
-from visualglm.training.load import load_for_training, training_dtype
 from visualglm.training.recipe import DataRecipe, FinetuneRecipe, RunRecipe, TuneRecipe
-from visualglm.training.trainable import make_trainable
+from visualglm.training.torch.load import load_for_training, training_dtype
+from visualglm.training.torch.trainable import make_trainable
 
 CPU = torch.device("cpu")
 
