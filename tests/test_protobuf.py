@@ -1,6 +1,6 @@
 import pytest
 
-from visualglm.protobuf import FIXED_32, FIXED_64, LENGTH_DELIMITED, VARINT, Field, fields, read_varint
+from visualglm.protobuf import FIXED_32, FIXED_64, LENGTH_DELIMITED, VARINT, Field, fields, head, read_varint, varint
 
 
 def all_fields(message: bytes) -> list[Field]:
@@ -18,6 +18,13 @@ def test_fields_of_every_type() -> None:
     ]
     assert list(fields(message, 12, 16)) == [(3, LENGTH_DELIMITED, 14, 16)]
     assert all_fields(b"") == []
+
+
+def test_what_is_written_is_read() -> None:
+    for value in (0, 127, 128, 300, 2**35, 2**64 - 1):
+        assert read_varint(varint(value), 0, 10) == (value, len(varint(value)))
+    message = head(1000, 300) + bytes(300)
+    assert all_fields(message) == [(1000, LENGTH_DELIMITED, 4, 304)]
 
 
 def test_numbers() -> None:

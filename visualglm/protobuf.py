@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from mmap import mmap
+
+Message = bytes | mmap
 
 VARINT, FIXED_64, LENGTH_DELIMITED, FIXED_32 = 0, 1, 2, 5
 
@@ -14,7 +17,7 @@ Field = tuple[int, int, int, int]
 """Number, wire type, and where the content starts and ends."""
 
 
-def fields(message: bytes, start: int, end: int) -> Iterator[Field]:
+def fields(message: Message, start: int, end: int) -> Iterator[Field]:
     """Every field of the message that `message[start:end]` holds; `ValueError` where it is malformed.
 
     Groups, an outdated kind of field, count as malformed.
@@ -38,7 +41,7 @@ def fields(message: bytes, start: int, end: int) -> Iterator[Field]:
         position = after
 
 
-def read_varint(message: bytes, position: int, end: int) -> tuple[int, int]:
+def read_varint(message: Message, position: int, end: int) -> tuple[int, int]:
     """The whole number at `position`, and where it ends; `ValueError` if that is not before `end`."""
     value = shift = 0
     while position < end and shift < 64:
@@ -49,3 +52,17 @@ def read_varint(message: bytes, position: int, end: int) -> tuple[int, int]:
             return value, position
         shift += 7
     raise ValueError(f"no complete number at byte {position}")
+
+
+def varint(value: int) -> bytes:
+    """The bytes of a whole number that is not negative."""
+    groups = []
+    while value > 0x7F:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*groups, value])
+
+
+def head(number: int, size: int) -> bytes:
+    """What comes before the `size` bytes of a length-delimited field."""
+    return varint(number << 3 | LENGTH_DELIMITED) + varint(size)

@@ -133,6 +133,31 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class JoinedTensor:
+    """Tensors of one type after one another: where a tensor is stored in pieces, or packed here and not there."""
+
+    parts: tuple[Tensor, ...]
+    shape: Shape
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0].dtype
+
+    def array(self) -> NDArray[Any]:
+        """A copy; see `Tensor`."""
+        return np.concatenate([part.array().reshape(-1) for part in self.parts]).reshape(self.shape)
+
+    def pieces(self) -> Iterator[Piece]:
+        """See `Tensor`."""
+        for part in self.parts:
+            yield from part.pieces()
+
+    def regrouped(self, groups: Shape, axes: Shape) -> LazyTensor:
+        """See `Tensor`."""
+        return LazyTensor(self.dtype, self.shape, self.array).regrouped(groups, axes)
+
+
+@dataclass(frozen=True, slots=True)
 class LazyTensor:
     """A tensor that is computed when it is asked for, such as one merged weight after another."""
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from visualglm.errors import TokenizerError
-from visualglm.protobuf import LENGTH_DELIMITED, fields
+from visualglm.protobuf import LENGTH_DELIMITED, fields, head
 
 RELEASED_SHA256 = "5e974d9a69c242ce014c88c2b26089270f6198f3c0b700a887666cd3e816f17e"
 RELEASED_SIZE = 2706249
@@ -18,6 +18,7 @@ REMEDY = (
 
 _SIZE_LIMIT = 64 * 2**20
 _PIECE, _TRAINER_SPEC, _NORMALIZER_SPEC = 1, 2, 3
+_NAME = 1
 _TYPE_CONTROL = b"\x18\x03"
 # normalizer_spec {add_dummy_prefix: false, remove_extra_whitespaces: false}: a later message is merged into an earlier.
 _NO_PREFIX_KEEP_BLANKS = b"\x1a\x04\x18\x00\x20\x00"
@@ -62,9 +63,9 @@ def without_pieces(model: bytes, piece_ids: Collection[int]) -> bytes:
             # In protobuf the last value of a field wins. No UTF-8 text can spell the new name.
             if index in piece_ids:
                 name = b"\xff" + str(index).encode()
-                message += b"\x0a" + _varint(len(name)) + name + _TYPE_CONTROL
+                message += head(_NAME, len(name)) + name + _TYPE_CONTROL
             index += 1
-        parts.append(_varint(field << 3 | LENGTH_DELIMITED) + _varint(len(message)) + message)
+        parts.append(head(field, len(message)) + message)
     return b"".join(parts) + _NO_PREFIX_KEEP_BLANKS
 
 
@@ -96,11 +97,3 @@ def _fields(message: bytes) -> Iterator[tuple[int, int, int]]:
         if wire_type != LENGTH_DELIMITED:
             raise ValueError(f"no length-delimited field at byte {start}")
         yield number, start, end
-
-
-def _varint(value: int) -> bytes:
-    groups = []
-    while value > 0x7F:
-        groups.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*groups, value])
