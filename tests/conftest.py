@@ -1,6 +1,7 @@
 """Models to test with: random weights with a small tokenizer, and the built-in one."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,9 @@ from visualglm.export_cache import CACHE_VARIABLE
 from visualglm.loading import builtin_path
 from visualglm.parameters import Shape, parameter_shapes
 from visualglm.processing.tokenizer import Tokenizer
+
+# MindSpore has an environment of its own, which `make test-mindspore` sets up.
+collect_ignore = [] if find_spec("mindspore") else ["mindspore"]
 
 CORPUS = (
     "问：这张图片里有什么？\n答：一只猫坐在红色的沙发上。",

@@ -1,0 +1,31 @@
+"""What has to be so before MindSpore is imported: it is there, numpy is old enough for it, and it keeps quiet."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from importlib.util import find_spec
+
+from visualglm.errors import DeviceError
+
+_LOG_LEVEL = "GLOG_v"
+_ERRORS_ONLY = "3"
+
+
+def prepare_mindspore() -> None:
+    """Raises `DeviceError` if MindSpore cannot be imported here.
+
+    Its warnings, which are about what users cannot change, are left out unless GLOG_v asks for them.
+    """
+    if find_spec("mindspore") is None:
+        raise DeviceError(
+            "The mindspore backend needs MindSpore 2.10, which is not installed; run "
+            "`pip install 'visualglm[mindspore]'` in an environment of its own, since it needs numpy below 2."
+        )
+    found = version("numpy")
+    if int(found.partition(".")[0]) >= 2:
+        raise DeviceError(
+            f"MindSpore works with numpy below 2 and numpy {found} is installed; run `pip install 'numpy<2'`, or "
+            "`pip install 'visualglm[mindspore]'` in an environment of its own."
+        )
+    os.environ.setdefault(_LOG_LEVEL, _ERRORS_ONLY)

@@ -1,0 +1,97 @@
+"""The blocks that all three parts of the model are built of.
+
+What is between the parameters is the same in eager and in graph mode: shapes and types decide, never values.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import initializer
+
+
+def new_parameter(*shape: int) -> Parameter:
+    """A parameter that gets its values later; inside `no_init_parameters` no memory is taken for it until then."""
+    return Parameter(initializer("zeros", shape, ms.float32))
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[batch, seq, width] → [batch, heads, seq, width / heads]."""
+    batch, length, width = x.shape
+    return ops.transpose(ops.reshape(x, (batch, length, num_heads, width // num_heads)), (0, 2, 1, 3))
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[batch, heads, seq, head_dim] → [batch, seq, width]."""
+    batch, heads, length, head_dim = x.shape
+    return ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (batch, length, heads * head_dim))
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    """How much each query heeds each key before the softmax, float32 [batch, heads, queries, keys]."""
+    product = ops.matmul(q * (q.shape[-1] ** -0.5), ops.transpose(k, (0, 1, 3, 2)))
+    return ops.cast(product, ms.float32)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+    """Attention to keys and values, [batch, heads, queries, head_dim]; the softmax is taken in float32.
+
+    bias: float32, broadcast over the scores [batch, heads, queries, keys].
+    """
+    return ops.matmul(ops.cast(ops.softmax(scores(q, k) + bias, axis=-1), v.dtype), v)
+
+
+class LayerNorm(nn.Cell):
+    """Over the last axis, in float32 whatever the input is; the parameters are called as everywhere else."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = new_parameter(width)
+        self.bias = new_parameter(width)
+        self.normalize = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
+
+    def construct(self, x: Tensor) -> Tensor:
+        weight, bias = ops.cast(self.weight, ms.float32), ops.cast(self.bias, ms.float32)
+        return ops.cast(self.normalize(ops.cast(x, ms.float32), weight, bias)[0], x.dtype)
+
+
+class Embedding(nn.Cell):
+    """Ids of any shape → their rows of `weight` [vocabulary, width]."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.weight = new_parameter(vocab_size, width)
+
+    def construct(self, ids: Tensor) -> Tensor:
+        return ops.gather(self.weight, ids, 0)
+
+
+class SelfAttention(nn.Cell):
+    """Full self-attention with a packed q|k|v projection, as in the ViT and the Q-Former."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.width = width
+        self.num_heads = num_heads
+        self.qkv = nn.Dense(width, 3 * width)
+        self.proj = nn.Dense(width, width)
+
+    def construct(self, x: Tensor) -> Tensor:
+        q, k, v = ops.split(self.qkv(x), self.width, axis=-1)
+        heads = self.num_heads
+        return self.proj(merge_heads(attend(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads))))
+
+
+class MLP(nn.Cell):
+    """Two linear layers around a GELU: exact (`none`) in the ViT and the Q-Former, `tanh` in ChatGLM."""
+
+    def __init__(self, width: int, intermediate: int, gelu: Literal["none", "tanh"]) -> None:
+        super().__init__()
+        self.gelu = gelu
+        self.fc1 = nn.Dense(width, intermediate)
+        self.fc2 = nn.Dense(intermediate, width)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.fc2(ops.gelu(self.fc1(x), approximate=self.gelu))
