@@ -71,7 +71,7 @@ def test_processes_that_torchrun_started_start_no_others(
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     outcome = invoke("finetune", "--train", "a", "--output", tmp_path / "out", "--nproc", "2")
-    assert "was started by torchrun or the like" in outcome.error
+    assert "was started by torchrun, msrun or the like" in outcome.error
 
 
 LABELLED = Path(__file__).parents[2] / "examples/labelled.jsonl"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Argument, Exit, Option
 
@@ -20,6 +20,8 @@ from visualglm.training.recipe import FinetuneRecipe, Precision
 from visualglm.training.recipe_file import RECIPE_NAME, read_recipe, recipe_to_yaml
 
 _RECIPE = "Recipe"
+# What torchrun, msrun, and those who start the processes of a rank table, call the number of a process.
+_RANKS = ("RANK", "MS_NODE_ID", "RANK_ID")
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,13 @@ def finetune(
     recipe: Annotated[
         Path | None, Argument(metavar="RECIPE", help="A YAML file such as configs/lora.yaml, or one of MindFormers.")
     ] = None,
-    device: Annotated[str, Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, npu.")] = "auto",
+    backend: Annotated[Literal["torch", "mindspore"], Option(help="What computes.")] = "torch",
+    device: Annotated[
+        str, Option(metavar="NAME", help="auto, cpu; torch: cuda, cuda:1, npu; mindspore: ascend, ascend:1.")
+    ] = "auto",
+    graph_mode: Annotated[
+        int, Option(metavar="N", min=0, max=1, help="mindspore: 0 steps are one graph, 1 they run by operators.")
+    ] = 0,
     nproc: Annotated[int, Option(metavar="N", min=1, help="Processes on this machine, which share the rows.")] = 1,
     resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
     print_recipe: Annotated[
@@ -126,10 +134,12 @@ def finetune(
 ) -> None:
     """Train a model on your own pictures (needs the extra "train"); --train and --output are enough.
 
-    On several machines: torchrun … -m visualglm.cli finetune …, or accelerate launch, the same in each.
+    On several machines: torchrun … -m visualglm.cli finetune …, or accelerate launch, the same in each; with
+    --backend mindspore msrun, or a rank table.
     """
     # torchrun starts many of these, and one says it all.
-    messages = Messages(quiet or os.environ.get("RANK", "0") != "0")
+    messages = Messages(quiet or _rank() != "0")
+    way = _Way(backend, device, graph_mode, resume)
     with needs_training():
         settings = recipe_options.settings()
         source = _source(recipe, output, resume=resume, given=bool(settings))
@@ -137,9 +147,29 @@ def finetune(
         if print_recipe:
             print(recipe_to_yaml(chosen), end="")
         elif nproc > 1:
-            _launch(chosen, nproc, ["--output", str(output), "--device", device, *_flags(resume, quiet)])
+            _launch(chosen, nproc, ["--output", str(output), *way.options(), *(["--quiet"] if quiet else [])])
         else:
-            _run(chosen, output, device, resume, messages)
+            _run(chosen, output, way, messages)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a run is to be done, whatever its recipe says."""
+
+    backend: Literal["torch", "mindspore"]
+    device: str
+    graph_mode: int
+    resume: bool
+
+    def options(self) -> list[str]:
+        """The options of the command that say so."""
+        options = ["--backend", self.backend, "--device", self.device, "--graph-mode", str(self.graph_mode)]
+        return options + (["--resume"] if self.resume else [])
+
+
+def _rank() -> str:
+    """Which process of a run this is, as torchrun, msrun or whoever starts those of a rank table says it."""
+    return next((os.environ[name] for name in _RANKS if name in os.environ), "0")
 
 
 def _source(recipe: Path | None, output: Path, *, resume: bool, given: bool) -> Path | None:
@@ -152,7 +182,7 @@ def _source(recipe: Path | None, output: Path, *, resume: bool, given: bool) -> 
     return written
 
 
-def _run(recipe: FinetuneRecipe, output: Path, device: str, resume: bool, messages: Messages) -> None:
+def _run(recipe: FinetuneRecipe, output: Path, way: _Way, messages: Messages) -> None:
     # Read when torch is loaded. Of its warnings one would be told in every process: that DDP looked for parameters
     # without a gradient, and in the first step there were none.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -160,16 +190,24 @@ def _run(recipe: FinetuneRecipe, output: Path, device: str, resume: bool, messag
 
     if recipe.model is None:
         messages.tell(BUILTIN_NOTICE)
-    adapter = train(recipe, output, resume=resume, device=device, ui=messages)
+    adapter = train(
+        recipe,
+        output,
+        resume=way.resume,
+        backend=way.backend,
+        device=way.device,
+        compiled=way.graph_mode == 0,
+        ui=messages,
+    )
     model = f"--model {recipe.model} " if recipe.model is not None else ""
     messages.tell(f"The adapter is in {adapter}; `visualglm ask {model}--adapter {adapter} --image FILE` uses it.")
 
 
 def _launch(recipe: FinetuneRecipe, count: int, options: Sequence[str]) -> None:
     """The same command in `count` processes, which read the recipe as it was understood here."""
-    if "RANK" in os.environ:
+    if any(name in os.environ for name in _RANKS):
         raise ConfigError(
-            "This process was started by torchrun or the like, which says how many there are; leave out --nproc."
+            "This process was started by torchrun, msrun or the like, which says how many there are; leave out --nproc."
         )
     from visualglm.training.launch import launch
 
@@ -179,7 +217,3 @@ def _launch(recipe: FinetuneRecipe, count: int, options: Sequence[str]) -> None:
         code = launch(["-m", "visualglm.cli", "finetune", str(path), *options], count)
     if code:
         raise Exit(code)
-
-
-def _flags(resume: bool, quiet: bool) -> list[str]:
-    return [flag for flag, given in (("--resume", resume), ("--quiet", quiet)) if given]

@@ -6,30 +6,24 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from visualglm.backends.mindspore.environment import prepare_mindspore
 from visualglm.checkpoint.model_dir import ModelDirectory
 from visualglm.config import DType, VisualGLMConfig
 from visualglm.training.batches import Batch, ReadAhead
 from visualglm.training.image_cache import Encode
 from visualglm.training.loop import Learner
+from visualglm.training.parts import Trained
 from visualglm.training.recipe import FinetuneRecipe
 
 T = TypeVar("T")
 Arrays = Mapping[str, NDArray[np.float32]]
 
-TrainingBackend = Literal["torch"]
-
-
-class Trained(NamedTuple):
-    """A row of the table shown before training: what is trained, in which layers, and how many parameters."""
-
-    what: str
-    layers: str
-    parameters: int
+TrainingBackend = Literal["torch", "mindspore"]
 
 
 @dataclass(frozen=True)
@@ -71,8 +65,11 @@ class Tuned(Protocol):
     def summary(self) -> list[Trained]:
         """What is trained, one row a kind."""
 
-    def learner(self, total_steps: int) -> Learner[Batch]:
-        """What trains it, from the first step."""
+    def learner(self, total_steps: int, longest: tuple[int, int]) -> Learner[Batch]:
+        """What trains it, from the first step.
+
+        longest: tokens of the longest row that will come, and most of those that are learnt of one.
+        """
 
     def adapter(self) -> Adapter | None:
         """What was learnt so far; all processes must ask together, and only the first one gets it."""
@@ -122,8 +119,16 @@ class TrainingEngine(Protocol):
         """What writes a run's numbers from `first_step` on for TensorBoard; None if this backend has none."""
 
 
-def join_engine(backend: TrainingBackend, device: str) -> TrainingEngine:
-    """Meet the other processes of the run, if it has any; raises `DeviceError` if the device is not there."""
+def join_engine(backend: TrainingBackend, device: str, *, compiled: bool) -> TrainingEngine:
+    """Meet the other processes of the run, if it has any; raises `DeviceError` if the device is not there.
+
+    compiled: whether MindSpore runs a step as one graph.
+    """
+    if backend == "mindspore":
+        prepare_mindspore()
+        from visualglm.training.mindspore.engine import MindSporeEngine
+
+        return MindSporeEngine(device, compiled=compiled)
     from visualglm.training.torch.engine import TorchEngine
 
     return TorchEngine(device)

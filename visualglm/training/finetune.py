@@ -77,15 +77,16 @@ def finetune(
     resume: bool = False,
     backend: TrainingBackend = "torch",
     device: str = "auto",
+    compiled: bool = True,
     ui: RunUI | None = None,
 ) -> Path:
     """Train, and return the folder of the adapter, `output/adapter`; one process of a run, which launches no others.
 
     resume: go on from the last checkpoint in `output`, or begin if there is none. Raises a `VisualGLMError` if rows
     are bad, the memory does not suffice, `output` holds another run, a checkpoint cannot be written, or another
-    process of the run is gone.
+    process of the run is gone. compiled: whether MindSpore runs a step as one graph.
     """
-    engine = join_engine(backend, device)
+    engine = join_engine(backend, device, compiled=compiled)
     folder = RunFolder(output)
     with engine.faults_named(), _disk_named(output):
         engine.processes.first_does(lambda: folder.require_free(resume=resume))
@@ -154,7 +155,7 @@ class _Run:
             data = self._data(planned)
             tuned = self.engine.load(self.base.directory, self.recipe, with_encoder=with_encoder)
             self._show(tuned, memory, data)
-            trainer = self._trainer(tuned, data, fingerprint)
+            trainer = self._trainer(tuned, data, planned.longest, fingerprint)
             if trainer.resume():
                 self.ui.tell(f"Going on from step {trainer.step} of {data.total_steps}.")
             self._train(trainer, tuned, data)
@@ -246,10 +247,12 @@ class _Run:
         if note := pace_note(self.recipe.optimizer, data.total_steps):
             self.ui.tell(note)
 
-    def _trainer(self, tuned: Tuned, data: RunData, fingerprint: dict[str, Any]) -> Trainer[Batch]:
+    def _trainer(
+        self, tuned: Tuned, data: RunData, longest: tuple[int, int], fingerprint: dict[str, Any]
+    ) -> Trainer[Batch]:
         total = data.total_steps
         course = Course(data.batches, lambda step: learning_rate(self.recipe.optimizer, step, total))
-        config, learner = loop_config(self.recipe, total), tuned.learner(total)
+        config, learner = loop_config(self.recipe, total), tuned.learner(total, longest)
         return Trainer(config, learner, course, self.processes, self.folder.checkpoints, fingerprint)
 
     def _train(self, trainer: Trainer[Batch], tuned: Tuned, data: RunData) -> None:

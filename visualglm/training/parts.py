@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
+from visualglm.checkpoint.peft_config import peft_values
 from visualglm.config import TextConfig
 from visualglm.errors import ConfigError
 from visualglm.training.recipe import TuneRecipe
@@ -17,6 +18,14 @@ _WHOLE_PARTS: dict[str, tuple[WholePart, ...]] = {
     "full": ("vision", "qformer", "projection", "text"),
 }
 _PARENT = {"qkv": "attention", "proj": "attention", "fc1": "mlp", "fc2": "mlp"}
+
+
+class Trained(NamedTuple):
+    """A row of the table shown before training: what is trained, in which layers, and how many parameters."""
+
+    what: str
+    layers: str
+    parameters: int
 
 
 def whole_parts(tune: TuneRecipe) -> tuple[WholePart, ...]:
@@ -42,6 +51,19 @@ def lora_modules(tune: TuneRecipe, text: TextConfig) -> list[str]:
         for layer in tune.layers(text.num_hidden_layers)
         for module in tune.target_modules
     ]
+
+
+def lora_summary(tune: TuneRecipe, text: TextConfig, parameters: int) -> Trained:
+    """The row of LoRA in the table shown before training."""
+    layers = ", ".join(map(str, tune.layers(text.num_hidden_layers)))
+    what = f"LoRA on {', '.join(tune.target_modules)} (rank {tune.lora_rank}, alpha {tune.lora_alpha:g})"
+    return Trained(what, layers, parameters)
+
+
+def lora_settings(tune: TuneRecipe, text: TextConfig) -> dict[str, Any]:
+    """What `adapter_config.json` of PEFT holds."""
+    modules = dict.fromkeys(lora_modules(tune, text), tune.lora_rank)
+    return peft_values(modules, rank=tune.lora_rank, alpha=tune.lora_alpha, dropout=tune.lora_dropout)
 
 
 def is_sharded(tune: TuneRecipe, processes: int) -> bool:

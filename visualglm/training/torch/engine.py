@@ -17,10 +17,10 @@ from visualglm.backends.torch.load import memory_of
 from visualglm.checkpoint.model_dir import ModelDirectory
 from visualglm.config import DType, VisualGLMConfig
 from visualglm.training.batches import Batch, ReadAhead
-from visualglm.training.engine import Adapter, ScalarWriter, Trained
+from visualglm.training.engine import Adapter, ScalarWriter
 from visualglm.training.image_cache import Encode
 from visualglm.training.loop import loop_config
-from visualglm.training.parts import is_sharded
+from visualglm.training.parts import Trained, is_sharded
 from visualglm.training.recipe import FinetuneRecipe
 from visualglm.training.torch.distributed import Processes, join_processes, lost_process_named, shard
 from visualglm.training.torch.learner import Task, TorchLearner
@@ -90,7 +90,7 @@ class TorchTuned:
     def summary(self) -> list[Trained]:
         return self.trainable.summary()
 
-    def learner(self, total_steps: int) -> TorchLearner[Batch]:
+    def learner(self, total_steps: int, longest: tuple[int, int]) -> TorchLearner[Batch]:
         recipe, device, loss = self._recipe, self._processes.device, self.trainable.loss
         module = _WithImage(loss, device) if self.trainable.trains_vision else loss
         sharded = is_sharded(recipe.tune, self._processes.world_size)

@@ -15,11 +15,9 @@ from visualglm.backends.torch.joined import VisualGLMModel
 from visualglm.backends.torch.prefix import random_prefixes, set_prefixes
 from visualglm.backends.torch.qformer import QFormer
 from visualglm.backends.torch.vit import ViT
-from visualglm.checkpoint.peft_config import peft_values
 from visualglm.config import DType
 from visualglm.errors import CheckpointError
-from visualglm.training.engine import Trained
-from visualglm.training.parts import WholePart, lora_modules, whole_parts
+from visualglm.training.parts import Trained, WholePart, lora_settings, lora_summary, whole_parts
 from visualglm.training.recipe import TuneRecipe
 from visualglm.training.torch.lora import add_lora, is_lora, peft_name
 from visualglm.training.torch.loss import AnswerLoss
@@ -67,9 +65,7 @@ class Trainable:
         """What is trained, one row a kind."""
         rows, tune = [], self._tune
         if tune.has_lora:
-            layers = ", ".join(map(str, self._lora_layers))
-            what = f"LoRA on {', '.join(tune.target_modules)} (rank {tune.lora_rank}, alpha {tune.lora_alpha:g})"
-            rows.append(Trained(what, layers, self._count(is_lora)))
+            rows.append(lora_summary(tune, self.model.config.text, self._count(is_lora)))
         if "ptuning" in tune.methods:
             rows.append(Trained(f"prefixes of {tune.prefix_length}", "all", self._count(_is_prefix)))
         for part in self._whole:
@@ -78,11 +74,7 @@ class Trainable:
 
     def lora_settings(self) -> dict[str, Any] | None:
         """What `adapter_config.json` of PEFT holds; None without LoRA."""
-        tune = self._tune
-        if not tune.has_lora:
-            return None
-        modules = dict.fromkeys(lora_modules(tune, self.model.config.text), tune.lora_rank)
-        return peft_values(modules, rank=tune.lora_rank, alpha=tune.lora_alpha, dropout=tune.lora_dropout)
+        return lora_settings(self._tune, self.model.config.text) if self._tune.has_lora else None
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """LoRA in PEFT's names (`base_model.model.text.layers.0.attention.qkv.lora_A.weight`), float32 on the CPU."""
