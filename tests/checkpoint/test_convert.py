@@ -259,7 +259,8 @@ def test_rotary_frequencies_need_not_be_stored(sat_archive: Path, tmp_path: Path
         (
             "model_config.json",
             r"sat is no checkpoint: none of manifest\.json \(a model directory\), "
-            r"model_config\.json \(a SAT archive\), config\.json \(a Hugging Face checkpoint\) is there",
+            r"model_config\.json \(a SAT archive\), config\.json \(a Hugging Face checkpoint\), "
+            r"glm_6b\.ckpt \(the files of MindFormers\) is there",
         ),
         ("latest", "latest, which names the folder of the weights, is missing"),
         (WEIGHTS["sat"], "mp_rank_00_model_states.pt is missing"),

@@ -29,12 +29,16 @@ def refused(path: Path) -> str:
     return sentence
 
 
-@pytest.mark.parametrize("format", ["sat", "hf"])
+@pytest.mark.parametrize("format", ["sat", "hf", "mindformers"])
 def test_checkpoints_to_be_converted(format: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     source = tmp_path / "with a space"
     convert(tiny_model_dir, source, to=format)  # type: ignore[arg-type]
-    title = {"sat": "a SAT archive", "hf": "a Hugging Face checkpoint"}[format]
-    assert refused(source) == f"{source} is {title}{NEEDED}make one with `visualglm convert '{source}' OUT`."
+    said = {
+        "sat": "is a SAT archive",
+        "hf": "is a Hugging Face checkpoint",
+        "mindformers": "holds the files of MindFormers",
+    }[format]
+    assert refused(source) == f"{source} {said}{NEEDED}make one with `visualglm convert '{source}' OUT`."
     assert refused(tmp_path) == (f"{tmp_path} holds a folder with a checkpoint, with a space{NEEDED}give {source}.")
     config = next(source.glob("*config.json"))
     assert refused(config) == f"{config} is a file; give the folder that it lies in, {source}."
@@ -46,7 +50,7 @@ def test_checkpoints_to_be_converted(format: str, tiny_model_dir: Path, tmp_path
 @pytest.mark.parametrize(
     ("name", "content", "said", "remedy"),
     [
-        ("visualglm_6b.ckpt", b"x", "a checkpoint of MindSpore, which cannot be read here", "convert the SAT archive"),
+        ("visualglm_6b.ckpt", b"x", "a checkpoint of MindSpore", "give the folder with visualglm_vit.ckpt"),
         ("decoder.onnx", b"x", "an ONNX graph without the manifest of an export", "export the model with `visualglm"),
         ("full.mindir", b"x", "a graph for MindSpore, which cannot be run here", "export the model with `visualglm"),
         ("q4_0.gguf", GGUF, "a model for llama.cpp or chatglm.cpp, which cannot", "convert the SAT archive"),

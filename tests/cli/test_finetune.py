@@ -125,6 +125,6 @@ def test_a_missing_package_is_named_with_what_adds_it(
     invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "yaml", None)
-    monkeypatch.delitem(sys.modules, "visualglm.training.yaml_file", raising=False)
+    monkeypatch.delitem(sys.modules, "visualglm.yaml_file", raising=False)
     error = invoke("finetune", CONFIGS / "lora.yaml", "--output", tmp_path / "out").error
     assert "Training needs yaml; `pip install 'visualglm[train]'` adds it." in error

@@ -14,13 +14,15 @@ from visualglm.checkpoint.foreign_config import HF_CONFIG, SAT_CONFIG
 from visualglm.checkpoint.hf import HF, read_hf, write_hf
 from visualglm.checkpoint.instead import kind_instead, require_model_folder
 from visualglm.checkpoint.manifest import MANIFEST, Layout
+from visualglm.checkpoint.mindformers import read_mindformers, repeated_bytes, write_mindformers
+from visualglm.checkpoint.mindformers_keys import GLM
 from visualglm.checkpoint.model_dir import fill_model_directory, open_model_directory, staged_checkpoint
 from visualglm.checkpoint.progress import ByteProgress, Report
 from visualglm.checkpoint.sat import SAT, read_sat, write_sat
 from visualglm.errors import CheckpointError
 from visualglm.processing.tokenizer import Tokenizer
 
-Format = Literal["model", "sat", "hf"]
+Format = Literal["model", "sat", "hf", "mindformers"]
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,13 @@ _READERS = (
     _Reader("model", "a model directory", MANIFEST, lambda path: open_model_directory(path).checkpoint),
     _Reader("sat", "a SAT archive", SAT_CONFIG.file_name, read_sat),
     _Reader("hf", "a Hugging Face checkpoint", HF_CONFIG.file_name, read_hf),
+    _Reader("mindformers", "the files of MindFormers", GLM, read_mindformers),
 )
 _WRITERS: dict[Format, Callable[[Path, Checkpoint, ByteProgress], None]] = {
     "model": fill_model_directory,
     "sat": write_sat,
     "hf": write_hf,
+    "mindformers": write_mindformers,
 }
 _FOREIGN = {"sat": SAT, "hf": HF}
 
@@ -85,8 +89,9 @@ def convert(
     _check_apart(source, output)
     reader = _recognise(source)
     checkpoint = _with_tokenizer(reader.read(source), tokenizer)
-    progress = ByteProgress(checkpoint.size_bytes, report)
-    with staged_checkpoint(output, checkpoint, force=force) as folder:
+    repeated = repeated_bytes(checkpoint) if to == "mindformers" else 0
+    progress = ByteProgress(checkpoint.size_bytes + repeated, report)
+    with staged_checkpoint(output, checkpoint, force=force, repeated_bytes=repeated) as folder:
         _WRITERS[to](folder, checkpoint, progress)
     return Conversion(
         source=source,

@@ -65,7 +65,7 @@ class ForeignFormat:
 
     def dropped(self, checkpoint: Checkpoint) -> list[str]:
         """Extras of another format that have no place in this one."""
-        if checkpoint.source.format == self.name:
+        if checkpoint.source.format == self.name or self.keys.keeps_stray:
             return []
         return [name for name in STRAY_NAMES if name in checkpoint.extras]
 
@@ -75,4 +75,7 @@ class ForeignFormat:
         stored = [tensor for name, tensor in checkpoint.extras.items() if name not in STRAY_NAMES]
         text = checkpoint.config.text
         frequencies = stored[0] if stored else rotary_tensor(text, checkpoint.config.dtype)
-        return {name: frequencies for name in self.keys.rotary_names(text)}
+        stray = checkpoint.extras.keys() & STRAY_NAMES if self.keys.keeps_stray else ()
+        return dict.fromkeys(self.keys.rotary_names(text), frequencies) | {
+            name: checkpoint.extras[name] for name in stray
+        }

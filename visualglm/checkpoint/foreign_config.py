@@ -85,10 +85,10 @@ def config_from_foreign(values: Values, style: ConfigStyle, dtype: str, where: s
         "text": text,
         "dtype": dtype,
     }
-    _check_fixed(values, {**style.fixed, "image_length": qformer["vocab_size"]}, where)
-    _check_fixed(vision, _VISION_FIXED, f"{where}, {style.vision_section}")
+    check_fixed(values, {**style.fixed, "image_length": qformer["vocab_size"]}, where)
+    check_fixed(vision, _VISION_FIXED, f"{where}, {style.vision_section}")
     fixed = {**_QFORMER_FIXED, "cross_attn_hidden_size": vision["hidden_size"]}
-    _check_fixed(qformer, fixed, f"{where}, {style.qformer_section}")
+    check_fixed(qformer, fixed, f"{where}, {style.qformer_section}")
     return VisualGLMConfig.from_dict(config, where)
 
 
@@ -185,7 +185,7 @@ def _cross_attention(qformer: Values) -> dict[str, Any]:
     return {"cross_attention_layers": [layer for layer, flag in enumerate(flags) if flag]}
 
 
-def _check_fixed(section: Values, fixed: Values, where: str) -> None:
+def check_fixed(section: Values, fixed: Values, where: str) -> None:
     for name, value in fixed.items():
         if name in section and section[name] != value:
             raise CheckpointError(f"{where}: {name} is {brief(section[name])}, and only {value!r} is supported.")

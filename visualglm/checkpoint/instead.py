@@ -10,17 +10,21 @@ from typing import Any
 from visualglm.checkpoint.files import checked_path, read_json_object, readable
 from visualglm.checkpoint.foreign_config import HF_CONFIG, SAT_CONFIG
 from visualglm.checkpoint.manifest import ADAPTER, MANIFEST, FolderKind
+from visualglm.checkpoint.mindformers_keys import GLM, QFORMER, VIT
 from visualglm.checkpoint.peft_config import PEFT_CONFIG
 from visualglm.errors import CheckpointError
 
-_MARKERS = (MANIFEST, SAT_CONFIG.file_name, HF_CONFIG.file_name, PEFT_CONFIG)
+_MARKERS = (MANIFEST, SAT_CONFIG.file_name, HF_CONFIG.file_name, GLM, PEFT_CONFIG)
 _SOURCE = "convert the SAT archive or the Hugging Face folder of the model"
 _WHOLE_FOLDER = "give the folder in which it lies beside its configuration"
 # What files are, by the ends of their names or their first bytes, and what to do in their place.
 _FILES = {
     ".onnx": ("an ONNX graph without the manifest of an export", "export the model with `visualglm export`"),
     ".mindir": ("a graph for MindSpore, which cannot be run here", "export the model with `visualglm export`"),
-    ".ckpt": ("a checkpoint of MindSpore, which cannot be read here", _SOURCE),
+    ".ckpt": (
+        "a checkpoint of MindSpore",
+        f"give the folder with {VIT}, {QFORMER} and {GLM} to `visualglm convert`, or a file of LoRA with --base MODEL",
+    ),
     ".gguf": ("a model for llama.cpp or chatglm.cpp, which cannot be read here", _SOURCE),
     ".zip": ("a packed archive", "unpack it, and give the folder that comes out"),
     ".pt": ("a file of weights", _WHOLE_FOLDER),
@@ -94,6 +98,8 @@ def _checkpoint_kind(path: Path) -> tuple[str, str] | None:
     make = f"make one with `visualglm convert {shlex.quote(str(path))} OUT`"
     if (path / SAT_CONFIG.file_name).is_file():
         return "is a SAT archive", make
+    if (path / GLM).is_file():
+        return "holds the files of MindFormers", make
     if is_adapter(path):
         return "is an adapter", str(ADAPTER.use)
     config = _config(path / HF_CONFIG.file_name)

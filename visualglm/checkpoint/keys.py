@@ -78,18 +78,21 @@ def hf_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class KeyStyle:
-    """How one format names our parameters, and where it keeps the rotary frequencies."""
+    """How one format names our parameters, where it keeps the rotary frequencies, and whether it has a place for the
+    stray tensor."""
 
     name: Callable[[str], str]
     rotary_names: Callable[[TextConfig], list[str]]
+    keeps_stray: bool
 
 
-SAT_KEYS = KeyStyle(sat_name, lambda _: ["mixins.chatglm-attn.rotary_emb.inv_freq"])
+SAT_KEYS = KeyStyle(sat_name, lambda _: ["mixins.chatglm-attn.rotary_emb.inv_freq"], keeps_stray=True)
 HF_KEYS = KeyStyle(
     hf_name,
     lambda config: [
         f"transformer.layers.{layer}.attention.rotary_emb.inv_freq" for layer in range(config.num_hidden_layers)
     ],
+    keeps_stray=False,
 )
 
 

@@ -121,9 +121,14 @@ def verify(path: Path | str, report: Report | None = None) -> Manifest:
     return verify_files(checked_path(path), Manifest, report)
 
 
-def staged_checkpoint(path: Path | str, checkpoint: Checkpoint, *, force: bool) -> AbstractContextManager[Path]:
-    """The folder that becomes `path`, with room for `checkpoint` in any format; see `staged_folder`."""
-    needed = checkpoint.size_bytes + _OVERHEAD_BYTES
+def staged_checkpoint(
+    path: Path | str, checkpoint: Checkpoint, *, force: bool, repeated_bytes: int = 0
+) -> AbstractContextManager[Path]:
+    """The folder that becomes `path`, with room for `checkpoint` in any format; see `staged_folder`.
+
+    repeated_bytes: of tensors that the format has in more than one place.
+    """
+    needed = checkpoint.size_bytes + repeated_bytes + _OVERHEAD_BYTES
     if checkpoint.tokenizer_path:
         needed += checkpoint.tokenizer_path.stat().st_size
     return staged_folder(checked_path(path), needed_bytes=needed, force=force, require_replaceable=require_replaceable)

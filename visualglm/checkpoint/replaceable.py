@@ -10,12 +10,16 @@ from pathlib import Path
 from visualglm.checkpoint.files import read_json_object, readable
 from visualglm.checkpoint.foreign_config import HF_CONFIG, SAT_CONFIG
 from visualglm.checkpoint.manifest import MANIFEST, MODEL, FolderKind, FolderManifest, Manifest, kind_of
+from visualglm.checkpoint.mindformers_keys import GLM, QFORMER, VIT
 from visualglm.errors import CheckpointError
 
 _LATEST = "latest"
 _BESIDE = r"|ice_text\.model|WEIGHTS_LICENSE\.txt"
 _SAT_FILES = re.compile(r"model_config\.json|latest" + _BESIDE)
 _SAT_WEIGHTS = re.compile(r"mp_rank_\d+_model_states\.pt")
+_MINDFORMERS_FILES = re.compile(
+    r"visualglm_(vit|qformer)\.ckpt|glm_6b(_for_lite)?\.ckpt|visualglm_config\.json" + _BESIDE
+)
 _HF_WEIGHTS = re.compile(r"(pytorch_model|model)(-\d+-of-\d+)?\.(bin|safetensors)(\.index\.json)?")
 _HF_FILES = re.compile(rf"config\.json|{_HF_WEIGHTS.pattern}{_BESIDE}")
 
@@ -57,6 +61,8 @@ def _format_of(folder: Path) -> Callable[[Path], bool]:
     if (folder / SAT_CONFIG.file_name).is_file() and (folder / _LATEST).is_file():
         tag = _tag(folder)
         return lambda path: _matches(_SAT_FILES, path) or (path.name == tag and _holds_only_weights(path))
+    if all((folder / name).is_file() for name in (VIT, QFORMER, GLM)):
+        return lambda path: _matches(_MINDFORMERS_FILES, path)
     if _is_hf(folder):
         return lambda path: _matches(_HF_FILES, path)
     raise CheckpointError("it has neither a manifest nor the files of a VisualGLM checkpoint.")

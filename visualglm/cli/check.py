@@ -20,6 +20,8 @@ from visualglm.checkpoint.listed_files import require_size
 from visualglm.checkpoint.lite_dir import GRAPHS, LiteDirectory, LiteManifest, is_lite_directory, open_lite_directory
 from visualglm.checkpoint.lite_graphs import require_as_told
 from visualglm.checkpoint.manifest import MANIFEST, MODEL, FolderManifest, Manifest
+from visualglm.checkpoint.mindformers import read_mindformers
+from visualglm.checkpoint.mindformers_keys import GLM
 from visualglm.checkpoint.model_dir import CONFIG, TOKENIZER, open_model_directory, read_weights
 from visualglm.checkpoint.progress import ByteProgress
 from visualglm.checkpoint.sat import read_sat
@@ -42,7 +44,7 @@ M = TypeVar("M", bound=FolderManifest)
 def check(
     model: Annotated[
         Path | None,
-        Argument(metavar="MODEL", help="Model, export, adapter, SAT or Hugging Face folder; else the built-in model."),
+        Argument(metavar="MODEL", help="Model, export, adapter, or a checkpoint of another format; else the built-in."),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -96,8 +98,10 @@ def _foreign_reader(path: Path) -> Callable[[Path], Checkpoint] | None:
     try:
         is_hf = HF_CONFIG.vision_section in read_json_object(path / HF_CONFIG.file_name)
     except CheckpointError:
-        return None
-    return read_hf if is_hf else None
+        is_hf = False
+    if is_hf:
+        return read_hf
+    return read_mindformers if (path / GLM).exists() else None
 
 
 def _check_foreign(path: Path, read: Callable[[Path], Checkpoint], findings: Findings) -> None:

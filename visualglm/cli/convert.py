@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
+from visualglm.checkpoint.adapter_dir import AdapterDirectory
 from visualglm.checkpoint.convert import Conversion, Format
 from visualglm.checkpoint.convert import convert as convert_checkpoint
 from visualglm.checkpoint.files import checked_path
+from visualglm.checkpoint.mindformers_lora import (
+    RECIPE_ALPHA,
+    convert_mindformers_adapter,
+    holds_mindformers_adapter,
+    told_alpha,
+)
 from visualglm.checkpoint.model_dir import open_model_directory
 from visualglm.checkpoint.sat_lora import convert_sat_adapter, holds_sat_adapter
 from visualglm.cli.adapters import adapter_facts
@@ -18,36 +26,42 @@ from visualglm.cli.options import Quiet
 from visualglm.errors import ConfigError
 from visualglm.memory import gib
 
-_TITLES: dict[Format, str] = {"model": "model directory", "sat": "SAT archive", "hf": "Hugging Face checkpoint"}
+_TITLES: dict[Format, str] = {
+    "model": "model directory",
+    "sat": "SAT archive",
+    "hf": "Hugging Face checkpoint",
+    "mindformers": "MindFormers checkpoint",
+}
 _LAYOUTS = {"thirds": "q, k and v one after the other", "per_head": "q, k and v head by head"}
 
 
 def convert(
     source: Annotated[Path, Argument(metavar="SOURCE", help="Folder with a checkpoint; its format is recognised.")],
     output: Annotated[Path, Argument(metavar="OUT", help="Folder to be made.")],
-    to: Annotated[Format, Option(help="Format to write: model directory, SAT archive or Hugging Face.")] = "model",
+    to: Annotated[Format, Option(help="Format to write: model directory, or that of another program.")] = "model",
     tokenizer: Annotated[
         Path | None, Option(metavar="FILE", help="ice_text.model; else the one beside the weights.")
     ] = None,
     base: Annotated[
-        Path | None, Option("--base", metavar="MODEL", help="For LoRA of SAT: the model directory it was trained on.")
+        Path | None, Option("--base", metavar="MODEL", help="For LoRA: the model directory it was trained on.")
     ] = None,
     force: Annotated[bool, Option("--force", help="Replace OUT if it holds a checkpoint and nothing else.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Convert a checkpoint: SAT, Hugging Face or model directory, in any direction.
+    """Convert a checkpoint: SAT, Hugging Face, MindFormers or model directory, in any direction.
 
     Weights are kept bit by bit and read one tensor at a time; no code in a checkpoint is run. LoRA or prefixes that
-    SAT fine-tuned, in an archive or in a .pt file, become an adapter directory.
+    SAT fine-tuned, in an archive or a .pt file, and LoRA of MindFormers, in a .ckpt file, become an adapter directory.
     """
     messages = Messages(quiet)
-    if holds_sat_adapter(checked_path(source)):
+    convert_adapter = _adapter_converter(checked_path(source))
+    if convert_adapter:
         if to != "model" or tokenizer:
             raise ConfigError(f"{source} holds an adapter, which has one format here; leave --to and --tokenizer out.")
-        _convert_adapter(source, output, base, force, messages)
+        _convert_adapter(convert_adapter, source, output, base, force, messages)
         return
     if base:
-        raise ConfigError(f"{source} holds no adapter of SAT, which is what --base is for; leave it out.")
+        raise ConfigError(f"{source} holds no LoRA of SAT or MindFormers, which is what --base is for; leave it out.")
     with messages.byte_progress("converting") as report:
         done = convert_checkpoint(source, output, to=to, tokenizer=tokenizer, force=force, report=report)
     print_table(_facts(done))
@@ -62,10 +76,29 @@ def convert(
         messages.tell(f"\n{done.license_text.strip()}")
 
 
-def _convert_adapter(source: Path, output: Path, base: Path | None, force: bool, messages: Messages) -> None:
+def _adapter_converter(source: Path) -> Callable[..., AdapterDirectory] | None:
+    if holds_sat_adapter(source):
+        return convert_sat_adapter
+    return convert_mindformers_adapter if holds_mindformers_adapter(source) else None
+
+
+def _convert_adapter(
+    convert_adapter: Callable[..., AdapterDirectory],
+    source: Path,
+    output: Path,
+    base: Path | None,
+    force: bool,
+    messages: Messages,
+) -> None:
     model = None if base is None else open_model_directory(base)
-    adapter = convert_sat_adapter(source, output, base=model, force=force)
-    print_table([("source", f"{source}: fine-tuned by SAT"), *adapter_facts(adapter)])
+    adapter = convert_adapter(source, output, base=model, force=force)
+    by = "SAT" if convert_adapter is convert_sat_adapter else "MindFormers"
+    print_table([("source", f"{source}: fine-tuned by {by}"), *adapter_facts(adapter)])
+    if convert_adapter is convert_mindformers_adapter and told_alpha(source) is None:
+        messages.tell(
+            f"Taken is lora_alpha {RECIPE_ALPHA:g}, as the recipe has it; if yours was another, put your "
+            f"run_visualglm_lora.yaml beside {source} and convert it again."
+        )
     if model is None:
         messages.tell("Warning: without --base MODEL the adapter does not know which model it belongs to.")
 

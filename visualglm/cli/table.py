@@ -18,7 +18,7 @@ COMMANDS = {
     "chat": "Talk about an image, question by question.",
     "caption": "Answer a folder or a JSONL of images into a JSONL; goes on where it was stopped.",
     "evaluate": "Measure how well a model answers the questions of a data set.",
-    "convert": "Convert a checkpoint: SAT, Hugging Face or model directory, in any direction.",
+    "convert": "Convert a checkpoint: SAT, Hugging Face, MindFormers or model directory, in any direction.",
     "merge": "Merge an adapter into its model.",
     "export": 'Export a model directory for ONNX Runtime; needs the extra "export".',
     "finetune": 'Train a model on your own pictures; needs the extra "train".',

@@ -55,7 +55,7 @@ def recipe_to_yaml(recipe: FinetuneRecipe) -> str:
 
 def _read_file(path: Path, tell: Callable[[str], None]) -> dict[str, Any]:
     from visualglm.training.mindformers import is_mindformers, translate
-    from visualglm.training.yaml_file import read_yaml
+    from visualglm.yaml_file import read_yaml
 
     values = read_yaml(path)
     if not is_mindformers(values):

@@ -28,7 +28,7 @@ from visualglm.training.torch.distributed import Processes, join_processes
 from visualglm.training.torch.initialize import initialize
 from visualglm.training.torch.learner import Task, TorchLearner
 from visualglm.training.torch.publish import publish
-from visualglm.training.yaml_file import read_yaml
+from visualglm.yaml_file import read_yaml
 
 Part = Literal["vision", "qformer", "projection", "text", "teacher"]
 LICENSE = "The built-in model was trained by this project on scenes it draws itself; Apache-2.0, like the code.\n"
