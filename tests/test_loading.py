@@ -5,12 +5,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import visualglm
 from visualglm import VisualGLMError
+from visualglm.backends.mindspore import environment
 from visualglm.checkpoint.lite_dir import open_lite_directory
 from visualglm.checkpoint.model_dir import open_model_directory
 from visualglm.errors import CheckpointError, DeviceError, TokenizerError
@@ -130,7 +133,7 @@ def test_a_cache_that_cannot_be_written_is_told(tiny_model_dir: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "jax"}, r"The backend 'jax' is unknown; give auto, onnx or torch\."),
+        ({"backend": "jax"}, r"The backend 'jax' is unknown; give auto, onnx, torch or mindspore\."),
         (
             {"device": "tpu", "backend": "torch"},
             r"The device 'tpu' is unknown; give auto, cpu, cuda, cuda:1, mps or npu",
@@ -142,11 +145,27 @@ def test_a_cache_that_cannot_be_written_is_told(tiny_model_dir: Path, tmp_path: 
         ({"dtype": "int3"}, r"The precision 'int3' is unknown; give auto, float32, bfloat16, float16, int8 or int4\."),
         ({"dtype": "int8", "backend": "torch"}, r"The torch backend has no int8; give --backend onnx, or another"),
         ({"dtype": "bfloat16", "backend": "onnx"}, r"The onnx backend has no bfloat16; give float32, float16, int8"),
+        ({"dtype": "int4", "backend": "mindspore"}, r"The mindspore backend has no int4; give --backend onnx, or"),
+        ({"graph_mode": 1}, r"The graph mode is MindSpore's, and the backend is auto; give --backend mindspore\."),
+        ({"graph_mode": 2, "backend": "mindspore"}, r"The graph mode 2 is unknown; give 0 \(graph\) or 1"),
     ],
 )
-def test_options_that_nothing_can_serve(options: dict[str, str], message: str, tiny_model_dir: Path):
+def test_options_that_nothing_can_serve(options: dict[str, Any], message: str, tiny_model_dir: Path):
     with pytest.raises(DeviceError, match=message):
         visualglm.load(tiny_model_dir, **options)
+
+
+@pytest.mark.skipif(find_spec("mindspore") is not None, reason="for an environment without MindSpore")
+def test_mindspore_that_is_missing(tiny_model_dir: Path):
+    with pytest.raises(DeviceError, match=r"needs MindSpore 2\.10, which is not installed; run `pip install 'visualg"):
+        visualglm.load(tiny_model_dir, backend="mindspore")
+
+
+def test_numpy_that_is_too_new_for_mindspore(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(environment, "find_spec", lambda name: name)
+    monkeypatch.setattr(environment, "version", lambda name: "2.4.6")
+    with pytest.raises(DeviceError, match=r"MindSpore works with numpy below 2 and numpy 2\.4\.6 is installed; run"):
+        visualglm.load(tiny_model_dir, backend="mindspore")
 
 
 def test_what_is_no_model_directory(tmp_path: Path):

@@ -28,19 +28,22 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     adapter: str | Path | None = None,
+    graph_mode: int | None = None,
 ) -> VisualGLM:
     """Load a model.
 
     path: a model directory or an export of one; None is the small built-in model, which knows drawn shapes and short
-    words only. backend: "onnx", "torch" or "auto" (onnx on a CPU, torch on a GPU). device: "cpu", "cuda", "cuda:1" or
-    "auto"; "mps" and "npu" with torch, "cann" with onnx. dtype: "float32", "bfloat16", "float16", "int8", "int4" or
-    "auto" (exact for small models; else int8 with onnx, and with torch as stored). A model directory that onnx is to
-    run is exported once, into the cache of the user.
+    words only. backend: "onnx", "torch", "mindspore" or "auto" (onnx on a CPU, torch on a GPU). device: "cpu", "cuda",
+    "cuda:1" or "auto"; "mps" and "npu" with torch, "cann" with onnx, "ascend" and "ascend:1" with mindspore. dtype:
+    "float32", "bfloat16", "float16", "int8", "int4" or "auto" (exact for small models; else int8 with onnx, and with
+    the others as stored, but float32 with mindspore on a CPU). A model directory that onnx is to run is exported once,
+    into the cache of the user. graph_mode: of mindspore; 0, which None means, compiles the model into graphs, 1 runs it
+    operator by operator.
     Raises `VisualGLMError` for whatever is missing, damaged, too large, or not to be had on this machine.
     """
     from visualglm.loading import load_model
 
-    return load_model(path, backend=backend, device=device, dtype=dtype, adapter=adapter)
+    return load_model(path, backend=backend, device=device, dtype=dtype, adapter=adapter, graph_mode=graph_mode)
 
 
 def __getattr__(name: str) -> Any:

@@ -103,7 +103,9 @@ def measure_model(
     import_module(f"visualglm.backends.{choice.backend}.load")
     forget_peak_memory()
     start = time.perf_counter()
-    again = choose(path, backend=choice.backend, device=choice.device, dtype=choice.dtype)
+    again = choose(
+        path, backend=choice.backend, device=choice.device, dtype=choice.dtype, graph_mode=choice.graph_mode
+    )
     subject = load_subject(again, threads)
     load = Figure("loading, warm cache", time.perf_counter() - start, "s")
     figures = (load, *Benchmark(subject, plan).run(tell))

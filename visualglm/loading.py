@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from visualglm.backends.base import Backend
+from visualglm.backends.mindspore.environment import prepare_mindspore
 from visualglm.checkpoint.adapter_dir import AdapterDirectory, open_adapter, require_base
 from visualglm.checkpoint.files import checked_path
 from visualglm.checkpoint.lite_dir import LiteDirectory, Precision, is_lite_directory, open_lite_directory
-from visualglm.checkpoint.merge import fingerprint_of_both, merged
+from visualglm.checkpoint.merge import MergedDirectory, fingerprint_of_both, merged
 from visualglm.checkpoint.model_dir import ModelDirectory, open_model_directory
 from visualglm.config import DType, VisualGLMConfig
 from visualglm.errors import DeviceError
@@ -30,7 +31,9 @@ BUILTIN_NOTICE = (
     "The built-in model knows only drawn shapes, numbers and short words: "
     "it shows how everything works and is not VisualGLM-6B."
 )
-BackendName = Literal["auto", "onnx", "torch"]
+BackendName = Literal["auto", "onnx", "torch", "mindspore"]
+GraphMode = Literal[0, 1]
+"""Of MindSpore: 0 compiles the model into graphs, 1 runs it operator by operator."""
 DTypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 Exporter = Callable[[ModelDirectory, Precision, Exporting | None], LiteDirectory]
 """What gives the export of a model directory; see `cached_export`."""
@@ -47,13 +50,14 @@ class Choice:
     """A model that has been found and looked at, and how it is to be run; nothing is loaded yet."""
 
     directory: ModelDirectory | LiteDirectory
-    backend: Literal["onnx", "torch"]
+    backend: Literal["onnx", "torch", "mindspore"]
     device: str
     dtype: str
     name: str
     tokenizer_path: Path | None
     adapters: Mapping[str, AdapterDirectory] = field(default_factory=dict)
-    """By name, the first of them in use; for onnx the one that is merged into `directory`."""
+    """By name, the first of them in use; but for torch the one that is merged into `directory`."""
+    graph_mode: GraphMode | None = None
 
     @property
     def config(self) -> VisualGLMConfig:
@@ -64,6 +68,8 @@ class Choice:
         """Of the model, whatever its form, with the adapter that is in use."""
         if isinstance(self.directory, LiteDirectory):
             return self.directory.manifest.model_fingerprint
+        if isinstance(self.directory, MergedDirectory):
+            return self.directory.fingerprint
         used = next(iter(self.adapters.values()), None)
         return fingerprint_of_both(self.directory.fingerprint, used) if used else self.directory.fingerprint
 
@@ -87,7 +93,7 @@ class Choice:
         """
         path = self.tokenizer_path
         tokenizer = None if path is None else Tokenizer.for_model(path, self.config.text)
-        if isinstance(self.directory, LiteDirectory):
+        if isinstance(self.directory, LiteDirectory) or self.backend != "torch":
             return VisualGLM(self._load_backend(threads), tokenizer, name=self.name)
         model = VisualGLM(self._load_backend(threads), tokenizer, name=self.name, directory=self.directory)
         for name, adapter in self.adapters.items():
@@ -100,6 +106,11 @@ class Choice:
             from visualglm.backends.onnx.load import load_onnx_backend
 
             return load_onnx_backend(self.directory, self.device, threads)
+        if self.backend == "mindspore":
+            from visualglm.backends.mindspore.load import load_mindspore_backend
+
+            compiled = self.graph_mode != 1
+            return load_mindspore_backend(self.directory, self.device, self.dtype, compiled=compiled, threads=threads)
         from visualglm.backends.torch.load import load_torch_backend
 
         if threads is not None:
@@ -120,11 +131,17 @@ def builtin_export() -> Path:
 
 
 def load_model(
-    path: str | Path | None, *, backend: str, device: str, dtype: str, adapter: str | Path | None
+    path: str | Path | None,
+    *,
+    backend: str,
+    device: str,
+    dtype: str,
+    adapter: str | Path | None,
+    graph_mode: int | None,
 ) -> VisualGLM:
     """See `visualglm.load`."""
     adapters = {} if adapter is None else {adapter_name(adapter): adapter}
-    choice = choose(path, backend=backend, device=device, dtype=dtype, adapters=adapters)
+    choice = choose(path, backend=backend, device=device, dtype=dtype, adapters=adapters, graph_mode=graph_mode)
     for warning in choice.warnings:
         warnings.warn(warning, stacklevel=3)
     return choice.load()
@@ -142,6 +159,7 @@ def choose(
     device: str,
     dtype: str,
     adapters: Mapping[str, str | Path] | None = None,
+    graph_mode: int | None = None,
     exporting: Exporting | None = None,
     exporter: Exporter = cached_export,
 ) -> Choice:
@@ -149,12 +167,14 @@ def choose(
 
     "auto" is torch on a GPU and onnx on a CPU. A model directory that onnx is to run is exported by `exporter`:
     once, into the cache. `exporting` gives the context in which the progress of that is shown.
-    adapters: folders by the names they are to have, the first to be used. onnx takes one, which is merged for it;
-    where there are several, or learned prefixes, "auto" is torch.
+    adapters: folders by the names they are to have, the first to be used. onnx and mindspore take one, which is merged
+    for them; where there are several, or learned prefixes, "auto" is torch.
+    graph_mode: a `GraphMode`; None: 0 for mindspore, and the others have none.
     Raises a `VisualGLMError`.
     """
     _check_known("backend", backend, get_args(BackendName))
     _check_known("precision", dtype, get_args(DTypeName))
+    _check_graph_mode(graph_mode, backend)
     if path is not None and is_lite_directory(path):
         if adapters:
             raise DeviceError(
@@ -171,15 +191,34 @@ def choose(
     only_torch = _why_only_torch(opened)
     if backend == "auto" and only_torch:
         backend = "torch"
-    elif backend == "onnx" and only_torch:
-        raise DeviceError(f"The onnx backend cannot run {only_torch}; give --backend torch.")
+    elif backend != "torch" and backend != "auto" and only_torch:
+        raise DeviceError(f"The {backend} backend cannot run {only_torch}; give --backend torch.")
     if only_torch and dtype in _QUANTIZED:
         raise DeviceError(f"The onnx backend has {dtype}, and cannot run {only_torch}; leave --dtype out.")
+    if backend == "mindspore":
+        return _on_mindspore(directory, opened, device, dtype, name, graph_mode)
     export = _Export(directory, opened, _precision(directory, dtype), is_builtin=path is None)
     if _use_torch(backend, device, dtype, export):
         _require_torch(dtype)
         return Choice(directory, "torch", device, dtype, name, directory.tokenizer_path, opened)
     return Choice(export.open(exporter, exporting), "onnx", device, dtype, name, directory.tokenizer_path, opened)
+
+
+def _on_mindspore(
+    directory: ModelDirectory,
+    adapters: Mapping[str, AdapterDirectory],
+    device: str,
+    dtype: str,
+    name: str,
+    graph_mode: int | None,
+) -> Choice:
+    if dtype in _QUANTIZED:
+        raise DeviceError(f"The mindspore backend has no {dtype}; give --backend onnx, or another precision.")
+    prepare_mindspore()
+    for adapter in adapters.values():
+        directory = merged(directory, adapter)
+    tokenizer = directory.tokenizer_path
+    return Choice(directory, "mindspore", device, dtype, name, tokenizer, adapters, 1 if graph_mode else 0)
 
 
 def _open_adapters(adapters: Mapping[str, str | Path], directory: ModelDirectory) -> dict[str, AdapterDirectory]:
@@ -192,7 +231,7 @@ def _open_adapters(adapters: Mapping[str, str | Path], directory: ModelDirectory
 def _why_only_torch(adapters: Mapping[str, AdapterDirectory]) -> str | None:
     """What of the adapters no export can hold."""
     if len(adapters) > 1:
-        return "several adapters, since an export has one merged into its weights"
+        return "several adapters, since one alone can be merged into the weights"
     prefixed = next((adapter.path for adapter in adapters.values() if adapter.prefix), None)
     return f"the adapter {prefixed}, which has learned prefixes (P-tuning)" if prefixed else None
 
@@ -227,9 +266,9 @@ class _Export:
 
 
 def _exported(directory: LiteDirectory, backend: str, device: str, dtype: str) -> Choice:
-    if backend == "torch":
+    if backend not in ("auto", "onnx"):
         raise DeviceError(
-            f"{directory.path} is an export for ONNX Runtime, which torch cannot run; "
+            f"{directory.path} is an export for ONNX Runtime, which {backend} cannot run; "
             "give --backend onnx, or the model directory that it was made from."
         )
     precision = directory.manifest.precision
@@ -281,6 +320,15 @@ def _require_torch(dtype: str) -> None:
 def _check_known(what: str, name: str, known: tuple[str, ...]) -> None:
     if name not in known:
         raise DeviceError(f"The {what} {name!r} is unknown; give {', '.join(known[:-1])} or {known[-1]}.")
+
+
+def _check_graph_mode(graph_mode: int | None, backend: str) -> None:
+    if graph_mode is None:
+        return
+    if backend != "mindspore":
+        raise DeviceError(f"The graph mode is MindSpore's, and the backend is {backend}; give --backend mindspore.")
+    if graph_mode not in get_args(GraphMode):
+        raise DeviceError(f"The graph mode {graph_mode} is unknown; give 0 (graph) or 1 (operator by operator).")
 
 
 def _asset(name: str) -> Path:

@@ -79,9 +79,9 @@ def test_chat_switches(invoke: Invoke, tiny_model_dir: Path, adapters: Path, pic
 def test_what_chat_cannot_switch(invoke: Invoke, tiny_model_dir: Path, adapters: Path):
     chat = ("chat", "-m", tiny_model_dir, "--adapter", adapters / "rain")
     several = invoke(*chat, "--adapter", adapters / "snow", "--dtype", "int4")
-    assert "onnx backend has int4, and cannot run several adapters, since an export has one" in several.error
+    assert "onnx backend has int4, and cannot run several adapters, since one alone can" in several.error
     several = invoke(*chat, "--adapter", adapters / "snow", "--backend", "onnx")
-    assert "onnx backend cannot run several adapters, since an export has one merged into its weights" in several.error
+    assert "onnx backend cannot run several adapters, since one alone can be merged into the weights" in several.error
     same = invoke(*chat, "--adapter", adapters / "rain")
     assert f"are both called rain; give one as NAME={adapters / 'rain'}" in same.error
     alone = invoke(*chat, "--backend", "onnx", *SHORT, stdin=":adapter\n")

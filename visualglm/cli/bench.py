@@ -106,7 +106,7 @@ def _random_model(
 
 
 def _choose(path: Path, options: ModelOptions, exporter: Exporter) -> Choice:
-    return choose(path, backend=options.backend, device=options.device, dtype=options.dtype, exporter=exporter)
+    return choose(path, **options.runtime(), exporter=exporter)
 
 
 def _check_export_tools(model: ModelDirectory, precision: Precision, exporting: Exporting | None) -> LiteDirectory:

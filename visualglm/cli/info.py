@@ -38,7 +38,7 @@ def info(
     ] = None,
 ) -> None:
     """Show version, machine, devices, and what a model or an adapter is."""
-    print_table([*_program(), *_onnx(), *_torch()])
+    print_table([*_program(), *_onnx(), *_torch(), *_mindspore()])
     print()
     path = builtin_path() if model is None else model
     if is_adapter(path):
@@ -97,6 +97,12 @@ def _torch() -> list[Row]:
     if torch.backends.mps.is_available():
         devices.append("mps")
     return [("torch", found), ("devices", ", ".join(devices))]
+
+
+def _mindspore() -> list[Row]:
+    found = _version("mindspore")
+    added = "; `pip install 'visualglm[mindspore]'` adds it, in an environment of its own"
+    return [("mindspore", found + added if found == _MISSING else found)]
 
 
 def _folder(directory: ModelDirectory | LiteDirectory, *, is_builtin: bool) -> list[Row]:

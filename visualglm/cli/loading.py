@@ -40,9 +40,7 @@ def choose_model(options: ModelOptions, messages: Messages, *, switches: bool = 
 
     choice = choose(
         options.model,
-        backend=options.backend,
-        device=options.device,
-        dtype=options.dtype,
+        **options.runtime(),
         adapters=adapters,
         exporting=exporting,
     )

@@ -37,8 +37,15 @@ class ModelOptions:
     ] = "auto"
     device: Annotated[
         str,
-        Option(metavar="NAME", help="auto, cpu, cuda, cuda:1; torch: mps, npu; onnx: cann.", rich_help_panel=_MODEL),
+        Option(
+            metavar="NAME",
+            help="auto, cpu, cuda, cuda:1; torch: mps, npu; onnx: cann; mindspore: ascend.",
+            rich_help_panel=_MODEL,
+        ),
     ] = "auto"
+    device_id: Annotated[
+        int | None, Option(metavar="N", min=0, help="Which of them: 1 is as cuda:1.", rich_help_panel=_MODEL)
+    ] = None
     dtype: Annotated[
         DTypeName,
         Option(help="Precision; auto: exact for small models; else int8, on a GPU as stored.", rich_help_panel=_MODEL),
@@ -52,7 +59,29 @@ class ModelOptions:
             rich_help_panel=_MODEL,
         ),
     ] = None
+    graph_mode: Annotated[
+        int | None,
+        Option(
+            metavar="0|1",
+            min=0,
+            max=1,
+            help="mindspore: 0 compiles graphs, 1 runs operators one by one; else 0.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
     quiet: Quiet = False
+
+    def runtime(self) -> dict[str, Any]:
+        """What computes, as `choose` takes it; raises `ConfigError` if the device is told in two ways."""
+        device = self.device
+        if self.device_id is not None:
+            if device == "auto" or ":" in device:
+                raise ConfigError(
+                    f"--device-id is {self.device_id} and --device is {device}; name the device, such as cuda or "
+                    "ascend, without a number."
+                )
+            device = f"{device}:{self.device_id}"
+        return {"backend": self.backend, "device": device, "dtype": self.dtype, "graph_mode": self.graph_mode}
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from visualglm.parameters import parameter_count
 CPU = "cpu"
 _TARGETS = {CPU: "CPU", "ascend": "Ascend"}
 _DEVICE = re.compile(r"(cpu|ascend)(?::(\d+))?")
-# Below this size exact float32 costs nothing worth saving.
+# Below this size exact float32 costs nothing worth saving, and threads cost more than they bring.
 _SMALL_MODEL = 100_000_000
 
 
@@ -50,13 +50,15 @@ def load_mindspore_backend(
     """The model of `directory` on `device` ("auto", "cpu", "ascend", "ascend:1") in `dtype`.
 
     compiled: whether it runs as graphs, which are compiled when they are first needed, or operator by operator.
-    threads: how many compute on a CPU; None: as many as MindSpore takes by itself.
+    threads: how many compute on a CPU; None: one for a small model, or else as many as MindSpore takes by itself.
     Raises `DeviceError` if the device is not there or lacks the precision, or the memory is too small.
     """
     target = use_device(device)
     precision = choose_dtype(dtype, directory.config, target)
     if target.kind == CPU:
         require_memory(estimate_memory(directory.config, precision), available_memory(), "this machine")
+    if threads is None and parameter_count(directory.config) < _SMALL_MODEL:
+        threads = 1
     if threads is not None:
         ms.set_context(runtime_num_threads=threads)
     model = new_model(directory.config, directory.tensors, precision)
