@@ -22,6 +22,7 @@ COMMANDS = {
     "merge": "Merge an adapter into its model.",
     "export": 'Export a model directory for ONNX Runtime; needs the extra "export".',
     "finetune": 'Train a model on your own pictures; needs the extra "train".',
+    "rank-table": "Write which Ascend card has which rank, for processes that train together.",
     "check": "Check a model: files, hashes, tensors, tokenizer, memory.",
     "info": "Show version, machine, devices, and what a model is.",
     "train-builtin": 'Train the built-in model from nothing; needs the extra "train".',
