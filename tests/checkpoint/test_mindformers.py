@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -301,6 +302,15 @@ def test_recipes_that_differ(trio: Path, goldens: Path, tmp_path: Path) -> None:
     (trio / "run_visualglm_a.yaml").write_text(recipe(model))
     (trio / "run_visualglm_b.yaml").write_text(recipe(model, layernorm_epsilon=1e-3))
     with pytest.raises(CheckpointError, match=r"run_visualglm_a\.yaml and run_visualglm_b\.yaml tell of different"):
+        read_mindformers(trio)
+
+
+def test_a_recipe_takes_a_package_to_read(trio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (trio / OWN).unlink()
+    (trio / "run_visualglm_lora.yaml").write_text("{}")
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    monkeypatch.delitem(sys.modules, "visualglm.yaml_file", raising=False)
+    with pytest.raises(CheckpointError, match=r"run_visualglm_lora\.yaml needs PyYAML; `pip install pyyaml` adds it"):
         read_mindformers(trio)
 
 

@@ -100,7 +100,8 @@ def recipe_beside(folder: Path) -> Sections:
             f"{next(iter(told))} and {differing[0]} tell of different models; leave the one that is of these weights."
         )
     # Of those that tell the same, the one for LoRA tells more.
-    return max(found.values(), key=lambda sections: len(str(sections)), default={})
+    with_lora = [sections for sections in found.values() if "pet_config" in sections.get("text_config", {})]
+    return next(iter([*with_lora, *found.values()]), {})
 
 
 def _sections(file: Path) -> Sections:
