@@ -6,6 +6,7 @@ table on Ascend devices, which nobody here could try.
 
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
 import subprocess
@@ -104,6 +105,7 @@ def join_processes(device_name: str) -> Processes:
         _meet_like_torchrun()
     if _MSRUN not in os.environ and _RANK_TABLE not in os.environ:
         return Processes(0, 1, device_name)
+    atexit.register(_end_quietly)
     try:
         communication.init()
         return Processes(communication.get_rank(), communication.get_group_size(), device_name)
@@ -133,6 +135,12 @@ def lost_process_named(processes: Processes) -> Iterator[None]:
             f"Another of the {processes.world_size} processes of the run is gone, and process {processes.rank} cannot "
             "go on without it; --resume goes on from the last checkpoint."
         ) from error
+
+
+def _end_quietly() -> None:
+    """What the threads of the exchange write to stderr when the process has ended is of no use to anybody."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
 
 
 def _meet_like_torchrun() -> None:

@@ -193,7 +193,9 @@ def _losses_of(model: VisualGLMModel) -> Callable[..., Tensor]:
         hidden = model.hidden_states(input_ids, image_embeds, image_starts, position_ids, mask)
         learnt = ops.gather(ops.reshape(hidden, (-1, hidden.shape[-1])), places, 0)
         logits = ops.cast(model.text.lm_head(learnt), ms.float32)
-        return ops.cross_entropy(logits, targets, reduction="none")
+        # Not `ops.cross_entropy`: its last bits depend on how often it has run, and so on where a run was resumed.
+        likely = ops.gather_elements(ops.log_softmax(logits, -1), 1, ops.expand_dims(targets, 1))
+        return -ops.squeeze(likely, 1)
 
     return losses
 
