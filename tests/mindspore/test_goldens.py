@@ -12,6 +12,7 @@ import pytest
 from mindspore import Tensor, nn
 from numpy.typing import NDArray
 
+import visualglm
 from tests.mindspore.conftest import GOLDENS, Golden
 from visualglm.backends.mindspore.backend import MindSporeBackend
 from visualglm.backends.mindspore.chatglm import rotary_table
@@ -69,6 +70,14 @@ def test_logits(golden: Golden, load_backend: Load, mode: str):
     for name in ("", "train_"):
         found = logits(golden, backend, golden.arrays[f"{name}input_ids"])
         assert np.abs(found - golden.arrays[f"{name}logits"]).max() < ABSOLUTE_LOGITS
+
+
+def test_logits_are_those_of_torch(golden: Golden, load_backend: Load, mode: str):
+    model = visualglm.load(golden.directory.path, backend="torch", device="cpu")
+    start = None if golden.pixels is None else int(golden.meta["pre_image"])
+    for ids in (golden.arrays["input_ids"], golden.arrays["train_input_ids"]):
+        expected = model.logits(ids, golden.pixels, start)
+        assert np.abs(logits(golden, load_backend(golden.directory, mode), ids) - expected).max() < ABSOLUTE_LOGITS
 
 
 def test_each_cached_step(golden: Golden, load_backend: Load, mode: str):

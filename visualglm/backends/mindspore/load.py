@@ -72,7 +72,7 @@ def find_device(name: str) -> Device:
     found = _DEVICE.fullmatch(name)
     if found is None:
         raise DeviceError(f"The device {name!r} is unknown to the mindspore backend; give auto, cpu or ascend.")
-    if found[1] == CPU and found[2]:
+    if found[1] == CPU and int(found[2] or 0):
         raise DeviceError(f"The device {name!r} is not there: the CPU is one device; leave --device-id out.")
     return Device(found[1], int(found[2] or 0))
 
