@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,13 @@ def test_processes_that_torchrun_started_start_no_others(
     monkeypatch.setenv("RANK", "0")
     outcome = invoke("finetune", "--train", "a", "--output", tmp_path / "out", "--nproc", "2")
     assert "was started by torchrun, msrun or the like" in outcome.error
+
+
+@pytest.mark.skipif(find_spec("mindspore") is not None, reason="MindSpore is here")
+def test_without_mindspore_its_backend_is_refused_in_a_sentence(invoke: Invoke, tmp_path: Path) -> None:
+    outcome = invoke("finetune", "--train", LABELLED, "--backend", "mindspore", "--output", tmp_path / "out")
+    assert "The mindspore backend needs MindSpore 2.10, which is not installed" in outcome.error
+    assert not (tmp_path / "out").exists()
 
 
 LABELLED = Path(__file__).parents[2] / "examples/labelled.jsonl"

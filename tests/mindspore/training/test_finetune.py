@@ -169,11 +169,18 @@ def test_what_is_not_trained_here_is_told(tmp_path: Path, recipe: Make, method: 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_device_or_precision_that_is_not_there_is_told(tmp_path: Path, recipe: Make) -> None:  # noqa: F811
+def test_a_device_or_precision_that_is_not_there_is_told(
+    tmp_path: Path,
+    recipe: Make,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(DeviceError, match="'ascend:0' cannot be used by the installed MindSpore"):
         finetune(recipe(), tmp_path / "out", backend="mindspore", device="ascend")
     with pytest.raises(DeviceError, match="no bfloat16 on a CPU"):
         finetune(recipe(run__precision="bfloat16"), tmp_path / "out", backend="mindspore", device="cpu")
+    monkeypatch.setenv("RANK_TABLE_FILE", "hccl_8p_01234567_10.0.0.1.json")
+    with pytest.raises(DeviceError, match="is one of Ascend devices, and this process computes on the CPU; unset it"):
+        finetune(recipe(), tmp_path / "out", backend="mindspore", device="cpu")
     assert not (tmp_path / "out").exists()
 
 

@@ -32,14 +32,15 @@ Floats = NDArray[np.float32]
 Pairs = dict[str, tuple[list[Floats], list[Floats]]]
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("name", ["a_image_b1", "c_text_only"])
-def test_loss_and_every_gradient(tmp_path: Path, name: str, compiled: bool) -> None:
+def test_loss_and_every_gradient(tmp_path: Path, name: str, compiled: bool, recompute: bool) -> None:
     meta = json.loads((GOLDENS / name / "meta.json").read_text("utf-8"))
     arrays = dict(np.load(GOLDENS / name / "golden.npz"))
     convert(GOLDENS / name, tmp_path / "model")
     batch, pairs = golden_batch(tmp_path / "model", arrays, meta), original_pairs(name)
-    tuned = with_lora(tmp_path / "model", pairs, meta, compiled=compiled)
+    tuned = with_lora(tmp_path / "model", pairs, meta, compiled=compiled, recompute=recompute)
     columns, count = batch.layout.sequence_length, batch.token_count
     # Room for more than there is: what fills it up must change nothing.
     learner = tuned.learner(1, (columns + 5, count + 3))
@@ -74,12 +75,13 @@ def original_pairs(name: str) -> Pairs:
     return pairs
 
 
-def with_lora(model: Path, pairs: Pairs, meta: Mapping[str, Any], *, compiled: bool) -> MindSporeTuned:
+def with_lora(model: Path, pairs: Pairs, meta: Mapping[str, Any], *, compiled: bool, recompute: bool) -> MindSporeTuned:
     """The model with the original's LoRA, all pairs filled up with zeros to one rank."""
     info = meta["lora"]
     rank = 3 * info["rank"]
     tune = TuneRecipe(lora_rank=rank, lora_alpha=info["scaling"] * rank, layer_range=tuple(info["layer_range"]))
-    recipe = FinetuneRecipe(data=DataRecipe(train=model), tune=tune, run=RunRecipe(batch_size=2))
+    run = RunRecipe(batch_size=2, activation_checkpointing=recompute)
+    recipe = FinetuneRecipe(data=DataRecipe(train=model), tune=tune, run=run)
     tuned = MindSporeEngine("cpu", compiled=compiled).load(open_model_directory(model), recipe, with_encoder=True)
     for layer, (a, b) in pairs.items():
         cell, own = tuned.pairs.cells[our_name(layer)], info["rank"]

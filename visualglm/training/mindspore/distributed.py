@@ -20,6 +20,7 @@ import numpy as np
 from mindspore import Tensor, communication, ops
 from numpy.typing import NDArray
 
+from visualglm.backends.mindspore.load import CPU
 from visualglm.errors import DeviceError, VisualGLMError
 from visualglm.training.launch import die_with_launcher
 
@@ -105,6 +106,11 @@ def join_processes(device_name: str) -> Processes:
         _meet_like_torchrun()
     if _MSRUN not in os.environ and _RANK_TABLE not in os.environ:
         return Processes(0, 1, device_name)
+    if _MSRUN not in os.environ and device_name == CPU:
+        raise DeviceError(
+            f"A rank table ({_RANK_TABLE}) is one of Ascend devices, and this process computes on the CPU; "
+            "unset it, or give --device ascend."
+        )
     atexit.register(_end_quietly)
     try:
         communication.init()

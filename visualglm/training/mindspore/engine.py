@@ -80,6 +80,8 @@ class MindSporeEngine:
         dtype = self.precision(recipe, directory.config)
         model = _load(directory, dtype, _ALL_PARTS if with_encoder else _TEXT_PARTS)
         pairs = add_lora(model, recipe.tune, recipe.run.seed)
+        for layer in model.text.layers if recipe.run.activation_checkpointing else ():
+            layer.recompute()
         return MindSporeTuned(model, pairs, recipe, self.processes, dtype, compiled=self._compiled)
 
     def scalar_writer(self, folder: Path, first_step: int) -> ScalarWriter | None:
