@@ -20,11 +20,13 @@ import psutil
 
 from engine_process import EngineProcess, running
 from engine_table import Cell, Run, Series, markdown
-from rivals import RIVALS, Rival, remove
+from rivals import BUILTIN, RIVALS, Rival, remove
 from visualglm.bandwidth import Bandwidth, CpuReadBandwidth
 from visualglm.benchmark import stolen_share
 from visualglm.checkpoint.files import file_pieces
+from visualglm.checkpoint.model_dir import CONFIG
 from visualglm.config import VisualGLMConfig
+from visualglm.loading import builtin_path
 from visualglm.random_model import PRESETS
 
 
@@ -128,10 +130,26 @@ def prepared_models(
             remove(rival.path(folder))
 
 
+@contextmanager
+def found_or_prepared(
+    rivals: Sequence[Rival], options: argparse.Namespace
+) -> Iterator[tuple[VisualGLMConfig, dict[Rival, Path]]]:
+    """The models that are to be run, with their configuration. Leaves the program if one has no such model."""
+    if options.preset != BUILTIN:
+        config = PRESETS[options.preset]
+        with prepared_models(rivals, options.folder, config, options.keep) as models:
+            yield config, models
+        return
+    found = {rival: rival.builtin for rival in rivals if rival.builtin}
+    if unable := [rival.name for rival in rivals if rival not in found]:
+        sys.exit(f"The built-in model is not there for {', '.join(unable)}; leave them out, or give another preset.")
+    yield VisualGLMConfig.from_file(builtin_path() / CONFIG), found
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--engines", nargs="+", choices=RIVALS, required=True, help="ratios are those of the first")
-    parser.add_argument("--preset", choices=PRESETS, default="full")
+    parser.add_argument("--preset", choices=[*PRESETS, BUILTIN], default="full", help="sizes; or the built-in model")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-engines"), help="for the models")
     parser.add_argument("--keep", action="store_true", help="keep the models, to be measured again")
     parser.add_argument("--rivals", type=Path, default=Path("runs/rivals"), help="folder given to setup_rivals.sh")
@@ -148,12 +166,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     plan = Plan(options.prompt, options.contexts, options.batches, options.rounds, options.steps)
-    config = PRESETS[options.preset]
     rivals = [RIVALS[name] for name in dict.fromkeys(options.engines)]
     for rival in rivals:
         rival.command(rival.path(options.folder), 1, options.rivals)  # before anything large is written
     times = psutil.cpu_times()
-    with prepared_models(rivals, options.folder, config, options.keep) as models:
+    with found_or_prepared(rivals, options) as (config, models):
         runs = [Contest(config, models, options.rivals, plan).run(threads) for threads in options.threads]
     stolen = 100 * stolen_share(times, psutil.cpu_times())
     print(markdown(runs) + f"\n\nprocessor time taken by the host: {stolen:.1f} %")

@@ -15,13 +15,17 @@ from ggml_model import ggml_step_bytes, write_ggml
 from ggml_weights import WeightType
 from gguf_model import gguf_step_bytes, write_gguf
 from visualglm.benchmark import export_step_bytes, step_bytes
-from visualglm.checkpoint.lite_dir import open_lite_directory
+from visualglm.checkpoint.lite_dir import Precision, open_lite_directory
 from visualglm.checkpoint.model_dir import open_model_directory
-from visualglm.config import VisualGLMConfig
+from visualglm.config import DType, VisualGLMConfig
+from visualglm.loading import builtin_export, builtin_path
+from visualglm.memory import BYTES_PER_ELEMENT
 from visualglm.random_model import write_random_model
 
 HERE = Path(__file__).parent
 _TORCH = "torch-bf16"
+BUILTIN = "builtin"
+"""The preset that is no random model, but the built-in one."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Rival:
     write: makes its model at a path
     step_bytes: bytes of weights that decoding one token reads
     environment: the name of its environment under the folder of `setup_rivals.sh`; None: that of this process
+    arguments: what its worker is told behind model and threads
+    builtin: where the built-in model lies for it; None: it cannot run that
     """
 
     name: str
@@ -38,6 +44,8 @@ class Rival:
     write: Callable[[Path, VisualGLMConfig], object]
     step_bytes: Callable[[Path, VisualGLMConfig], int]
     environment: str | None = None
+    arguments: tuple[str, ...] = ()
+    builtin: Path | None = None
 
     def command(self, model: Path, threads: int, environments: Path) -> Command:
         """Leaves the program if the environment is not there."""
@@ -49,7 +57,7 @@ class Rival:
         preload = python.parents[1] / "hardware_concurrency.so"
         if preload.exists():
             variables |= {"LD_PRELOAD": str(preload.resolve()), "HARDWARE_CONCURRENCY": str(threads)}
-        return Command([python, HERE / self.worker, model, str(threads)], variables)
+        return Command([python, HERE / self.worker, model, str(threads), *self.arguments], variables)
 
     def path(self, folder: Path) -> Path:
         """Where its model lies in `folder`."""
@@ -73,22 +81,40 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _torch() -> Rival:
+def _torch(name: str, dtype: DType) -> Rival:
     return Rival(
-        _TORCH, "worker_torch.py", write_random_model, lambda _, config: step_bytes(config, columns=0, element_bytes=2)
+        name,
+        "worker_torch.py",
+        write_random_model,
+        lambda _, config: step_bytes(config, columns=0, element_bytes=BYTES_PER_ELEMENT[dtype]),
+        arguments=(dtype,),
+        builtin=builtin_path(),
     )
 
 
-def _onnx(precision: Literal["int4", "int8"]) -> Rival:
+def _mindspore(mode: Literal["graph", "eager"]) -> Rival:
+    """In float32, in the environment of `make test-mindspore`."""
+    return Rival(
+        f"mindspore-{mode}",
+        "worker_mindspore.py",
+        write_random_model,
+        lambda _, config: step_bytes(config, columns=0, element_bytes=4),
+        arguments=(mode,),
+        builtin=builtin_path(),
+    )
+
+
+def _onnx(precision: Precision) -> Rival:
     return Rival(
         f"onnx-{precision}",
         "worker_onnx.py",
         lambda path, config: _export(path, config, precision),
         lambda path, _: export_step_bytes(open_lite_directory(path), columns=0),
+        builtin=builtin_export() if precision == "fp32" else None,
     )
 
 
-def _export(path: Path, config: VisualGLMConfig, precision: Literal["int4", "int8"]) -> None:
+def _export(path: Path, config: VisualGLMConfig, precision: Precision) -> None:
     """Export the model of the torch backend if it lies beside, or another like it; random weights need no search."""
     from visualglm.export.onnx import ExportOptions, export_onnx  # needs the package onnx, and no other engine does
 
@@ -123,7 +149,11 @@ def _chatglm(kind: WeightType) -> Rival:
 
 # In the order in which models are written: exports are made of the model for torch where it is there.
 _ALL = (
-    _torch(),
+    _torch(_TORCH, "bfloat16"),
+    _torch("torch-fp32", "float32"),
+    _mindspore("graph"),
+    _mindspore("eager"),
+    _onnx("fp32"),
     _onnx("int4"),
     _onnx("int8"),
     _llama("q4_0"),

@@ -1,7 +1,8 @@
-"""Worker of `engines.py` for the torch backend in bfloat16: `worker_torch.py MODEL THREADS`."""
+"""Worker of `engines.py` for the torch backend: `worker_torch.py MODEL THREADS DTYPE`."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from visualglm.checkpoint.model_dir import open_model_directory
 
 def load(model: Path, threads: int) -> BackendEngine:
     torch.set_num_threads(threads)
-    return BackendEngine(load_torch_backend(open_model_directory(model), "cpu", "bfloat16"), rewind)
+    return BackendEngine(load_torch_backend(open_model_directory(model), "cpu", sys.argv[3]), rewind)
 
 
 def rewind(cache: TorchCache, length: int) -> None:
