@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from visualglm.errors import ConfigError
-from visualglm.training.mindformers import is_mindformers, translate
+from visualglm.mindformers_yaml import is_mindformers
+from visualglm.training.mindformers import translate
 from visualglm.training.recipe import FinetuneRecipe
 from visualglm.training.recipe_file import read_recipe
 

@@ -13,6 +13,7 @@ from typer import Argument, Option
 from visualglm.cli.answers import shown
 from visualglm.cli.loading import load_model
 from visualglm.cli.messages import Messages
+from visualglm.cli.mindformers import with_config
 from visualglm.cli.options import GenerationOptions, ImageOptions, ModelOptions
 from visualglm.model import VisualGLM
 from visualglm.processing.image import load_image
@@ -32,6 +33,7 @@ def ask(
     The answer goes to stdout, all else to stderr. Write -- before a question that begins with -.
     """
     messages = Messages(options.quiet)
+    options, generation = with_config(options, generation, messages)
     generation.config()
     # What is wrong with an image is told before a large model is loaded for it.
     picture = None if image is None else load_image(image, images.limits(), allow_urls=images.allow_urls)

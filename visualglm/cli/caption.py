@@ -12,6 +12,7 @@ from visualglm.cli.batches import keep_batches, told_if_interrupted
 from visualglm.cli.captioner import Captioner
 from visualglm.cli.loading import choose_model, load_choice
 from visualglm.cli.messages import Messages
+from visualglm.cli.mindformers import with_config
 from visualglm.cli.options import GenerationOptions, ImageOptions, ModelOptions
 from visualglm.cli.row_log import RowLog, require_apart
 from visualglm.cli.rows import read_rows
@@ -38,6 +39,7 @@ def caption(
     of output for each of input, in the same order, with "answer", or with "error" if the image cannot be read.
     """
     messages = Messages(options.quiet)
+    options, generation = with_config(options, generation, messages)
     generation.config()
     require_apart(output, source)
     rows = read_rows(source, prompt, recursive=recursive)

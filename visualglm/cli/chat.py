@@ -14,6 +14,7 @@ from visualglm.backends.base import ImageEmbeds
 from visualglm.cli.answers import shown
 from visualglm.cli.loading import load_model
 from visualglm.cli.messages import Messages
+from visualglm.cli.mindformers import with_config
 from visualglm.cli.options import GenerationOptions, ImageOptions, ModelOptions
 from visualglm.cli.output import print_error, print_note
 from visualglm.cli.questions import read_questions
@@ -49,6 +50,7 @@ def chat(
     Where stdin is no terminal, each of its lines is a question, and the exit code is 1 if one could not be answered.
     """
     messages = Messages(options.quiet)
+    options, generation = with_config(options, generation, messages)
     generation.config()
     questions = read_questions()
     picture = None if image is None else load_image(image, images.limits(), allow_urls=images.allow_urls)

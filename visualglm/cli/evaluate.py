@@ -10,6 +10,7 @@ from typer import Argument, Exit, Option
 from visualglm.cli.batches import keep_batches, told_if_interrupted
 from visualglm.cli.loading import choose_model, load_choice
 from visualglm.cli.messages import Messages, print_table
+from visualglm.cli.mindformers import with_config
 from visualglm.cli.options import GenerationOptions, ImageOptions, ModelOptions
 from visualglm.cli.row_log import RowLog, require_apart, sidecar_of
 from visualglm.errors import DataError
@@ -48,6 +49,7 @@ def evaluate(
     finetune; paths are relative to DATA. With --output the same command goes on where it was stopped.
     """
     messages = Messages(options.quiet)
+    options, generation = with_config(options, generation, messages)
     generation.config()
     _check_files(data, output, html, compare)
     with messages.row_progress("checking rows") as report:

@@ -118,6 +118,16 @@ class GenerationOptions:
     language: Annotated[
         Language, Option(help="Template of the prompt; auto goes by the question.", rich_help_panel=_GENERATION)
     ] = "auto"
+    mindformers: Annotated[
+        Path | None,
+        Option(
+            "--config",
+            "--config_path",
+            metavar="YAML",
+            help="Take these options from a prediction YAML of MindFormers, where they are not given.",
+            rich_help_panel=_GENERATION,
+        ),
+    ] = None
 
     def fitted(self, text: TextConfig) -> GenerationOptions:
         """These options with a longest answer that fits the model's window; raises `ConfigError` if it does not."""
@@ -135,6 +145,7 @@ class GenerationOptions:
     def keywords(self) -> dict[str, Any]:
         """As the methods of `VisualGLM` take them."""
         given = asdict(self) | {"stop": tuple(self.stop or ())}
+        del given["mindformers"]
         if self.max_new_tokens is None:
             del given["max_new_tokens"]
         return given

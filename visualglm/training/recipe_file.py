@@ -54,7 +54,8 @@ def recipe_to_yaml(recipe: FinetuneRecipe) -> str:
 
 
 def _read_file(path: Path, tell: Callable[[str], None]) -> dict[str, Any]:
-    from visualglm.training.mindformers import is_mindformers, translate
+    from visualglm.mindformers_yaml import is_mindformers
+    from visualglm.training.mindformers import translate
     from visualglm.yaml_file import read_yaml
 
     values = read_yaml(path)
