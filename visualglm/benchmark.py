@@ -36,6 +36,7 @@ from visualglm.parameters import parameter_count, parameter_shapes
 from visualglm.processing.layout import Layout, pad_batch
 
 if TYPE_CHECKING:
+    from visualglm.backends.mindspore.backend import MindSporeBackend
     from visualglm.backends.onnx.backend import OnnxBackend
     from visualglm.backends.torch.backend import TorchBackend
 
@@ -103,9 +104,7 @@ def measure_model(
     import_module(f"visualglm.backends.{choice.backend}.load")
     forget_peak_memory()
     start = time.perf_counter()
-    again = choose(
-        path, backend=choice.backend, device=choice.device, dtype=choice.dtype, graph_mode=choice.graph_mode
-    )
+    again = choose(path, backend=choice.backend, device=choice.device, dtype=choice.dtype, graph_mode=choice.graph_mode)
     subject = load_subject(again, threads)
     load = Figure("loading, warm cache", time.perf_counter() - start, "s")
     figures = (load, *Benchmark(subject, plan).run(tell))
@@ -120,7 +119,7 @@ def load_subject(choice: Choice, threads: int | None = None) -> Subject:
     """
     if isinstance(choice.directory, LiteDirectory):
         return _onnx_subject(choice, choice.directory, threads)
-    return _torch_subject(choice, threads)
+    return _mindspore_subject(choice, threads) if choice.backend == "mindspore" else _torch_subject(choice, threads)
 
 
 def _onnx_subject(choice: Choice, directory: LiteDirectory, threads: int | None) -> Subject:
@@ -139,6 +138,17 @@ def _torch_subject(choice: Choice, threads: int | None) -> Subject:
         parameter_count(backend.config) * size,
         partial(step_bytes, backend.config, element_bytes=size),
         partial(CpuReadBandwidth, backend.threads) if on_cpu else partial(TorchReadBandwidth, backend.device),
+    )
+
+
+def _mindspore_subject(choice: Choice, threads: int | None) -> Subject:
+    backend = cast("MindSporeBackend", choice.load(threads).backend)
+    size = BYTES_PER_ELEMENT[backend.dtype]
+    return Subject(
+        backend,
+        parameter_count(backend.config) * size,
+        partial(step_bytes, backend.config, element_bytes=size),
+        partial(CpuReadBandwidth, backend.threads) if backend.device == "cpu" else None,
     )
 
 

@@ -15,7 +15,7 @@ from visualglm.backends.base import ImageEmbeds
 from visualglm.backends.mindspore.graphs import Calls
 from visualglm.backends.mindspore.joined import VisualGLMModel
 from visualglm.backends.mindspore.kv_cache import KVCache, fitted
-from visualglm.config import VisualGLMConfig
+from visualglm.config import DType, VisualGLMConfig
 from visualglm.errors import DeviceError
 from visualglm.processing.layout import NO_IMAGE, Layout
 
@@ -52,7 +52,7 @@ class MindSporeBackend:
     is gained by a graph.
     """
 
-    def __init__(self, model: VisualGLMModel, *, device: str, dtype: str, compiled: bool) -> None:
+    def __init__(self, model: VisualGLMModel, *, device: str, dtype: DType, compiled: bool) -> None:
         self.model = model.set_train(False)
         self.device = device
         self.dtype = dtype
