@@ -120,13 +120,13 @@ def test_layers_beyond_the_model_are_told_before_it_is_loaded(invoke: Invoke, tm
     assert not (tmp_path / "out/recipe.yaml").exists()
 
 
-@pytest.mark.slow
 def test_bad_rows_are_told_by_line_by_one_of_several_processes(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "label": ""}\n{"prompt": \n', "utf-8")
     outcome = finish(spawn("finetune", "--train", rows, "--output", tmp_path / "out", "--nproc", "2"))
     assert "line 1: the label is" in outcome.error
     assert "line 2: this is no JSON" in outcome.error
+    assert "Process" not in outcome.err
 
 
 def test_a_missing_package_is_named_with_what_adds_it(

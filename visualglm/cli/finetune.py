@@ -16,6 +16,7 @@ from visualglm.cli.messages import Messages
 from visualglm.cli.options import Quiet
 from visualglm.errors import ConfigError
 from visualglm.loading import BUILTIN_NOTICE
+from visualglm.training.launch import faults_told_once, launch
 from visualglm.training.recipe import FinetuneRecipe, Precision
 from visualglm.training.recipe_file import RECIPE_NAME, read_recipe, recipe_to_yaml
 
@@ -140,7 +141,7 @@ def finetune(
     # torchrun starts many of these, and one says it all.
     messages = Messages(quiet or _rank() != "0")
     way = _Way(backend, device, graph_mode, resume)
-    with needs_training():
+    with faults_told_once(), needs_training():
         settings = recipe_options.settings()
         source = _source(recipe, output, resume=resume, given=bool(settings))
         chosen = read_recipe(source, settings, tell=messages.tell)
@@ -209,8 +210,6 @@ def _launch(recipe: FinetuneRecipe, count: int, options: Sequence[str]) -> None:
         raise ConfigError(
             "This process was started by torchrun, msrun or the like, which says how many there are; leave out --nproc."
         )
-    from visualglm.training.launch import launch
-
     with TemporaryDirectory(prefix="visualglm-") as folder:
         path = Path(folder, RECIPE_NAME)
         path.write_text(recipe_to_yaml(recipe), "utf-8")

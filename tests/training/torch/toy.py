@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from visualglm.errors import DataError, VisualGLMError
+from visualglm.errors import DataError
+from visualglm.training.launch import faults_told_once
 from visualglm.training.loop import Course, LoopConfig, Trainer
 from visualglm.training.torch.distributed import Processes, join_processes, shard
 from visualglm.training.torch.learner import Task, TorchLearner
@@ -99,7 +100,5 @@ def _befall(mishap: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with faults_told_once():
         main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else "")
-    except VisualGLMError as error:
-        sys.exit(f"visualglm: {error}")
