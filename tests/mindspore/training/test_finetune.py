@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -206,15 +208,20 @@ def test_the_process_that_died_is_named_and_the_others_stop(
     )
     asked = recipe(run__batch_size=2, run__steps=100_000, run__validate_every=100_000)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("TEST_MARK", str(tmp_path))
     with pytest.raises(DeviceError, match=r"Process 1 of 2 was killed by signal 9 \(Killed\); the others were stopped"):
         launch([str(script), *command(asked, output)], 2)
     ended = time.time() - (output / "log.jsonl").stat().st_mtime
     assert ended < 60
-    assert not _schedulers()
+    assert not _left_over(tmp_path)
 
 
-def _schedulers() -> list[str]:
-    """Processes by which those of a run have met, a second after it."""
+def _left_over(mark: Path) -> list[str]:
+    """Processes that a run with this mark in its environment has left, two seconds after it."""
     time.sleep(2)
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in listed.splitlines() if "mindspore.scheduler" in line or "communication.init()" in line]
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        with suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get("TEST_MARK") == str(mark):
+                found.append(" ".join(process.cmdline()))
+    return found

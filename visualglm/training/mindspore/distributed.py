@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import atexit
 import os
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Client, Connection, Listener
+from secrets import token_bytes
+from socket import gethostbyname, gethostname
 from typing import TypeVar, cast
 
 import numpy as np
 from mindspore import Tensor, communication, ops
-from numpy.typing import NDArray
 
 from visualglm.backends.mindspore.load import CPU
 from visualglm.errors import DeviceError, VisualGLMError
@@ -29,71 +30,72 @@ T = TypeVar("T")
 # By what others than this package tell a process where it belongs.
 _MSRUN, _RANK_TABLE = "MS_ROLE", "RANK_TABLE_FILE"
 # How the exchange begins to complain when another process is gone.
-_LOST = ("timed out", "Timed out", "Connection", "AllReduce", "AllGather", "Broadcast", "collective", "HCCL")
+_LOST = ("timed out", "Timed out", "Connection", "AllReduce", "collective", "HCCL")
+_LONGEST_MESSAGE = 512
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of its run, on its device."""
+    """This process among those of its run, on its device.
+
+    links: in the first process the connections to all others by rank, in the others the one to the first. MindSpore's
+    own exchange gives up on a CPU when a process comes half a minute late, which may be encoding pictures; these wait,
+    and notice at once who is gone.
+    """
 
     rank: int
     world_size: int
     device_name: str
+    links: tuple[Connection, ...] = ()
 
     def wait(self) -> None:
         """Until all processes are here."""
-        self.sums([0.0])
+        self._exchange(None)
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """The sum of each of `values` over all processes, alike in all of them."""
-        exact = np.array(values, np.float64)
-        if self.world_size == 1:
-            return [float(value) for value in exact]
-        # What every device can exchange is float32: two of them hold what one of float64 does, all but its last bits.
-        high = exact.astype(np.float32)
-        halves = np.stack([high, (exact - high).astype(np.float32)])
-        with lost_process_named(self):
-            found = ops.AllGather()(Tensor(halves[None])).asnumpy()
-        return [float(total) for total in found.astype(np.float64).sum((0, 1))]
+        return [sum(parts) for parts in zip(*self._exchange([float(value) for value in values]), strict=True)]
 
     def add_up(self, gradients: Tensor) -> Tensor:
         """The sum of `gradients`, float32 of any shape, over all processes."""
         if self.world_size == 1:
             return gradients
+        gradients.asnumpy()  # what is not computed yet must not be waited for there
+        self.wait()
         with lost_process_named(self):
             return ops.AllReduce()(gradients)
 
     def first_does(self, work: Callable[[], T]) -> T:
         """What `work` returns in the first process, or the `VisualGLMError` it raises there, in all of them."""
-        if self.world_size == 1:
-            return work()
         outcome: T | VisualGLMError | None = None
         if self.rank == 0:
             try:
                 outcome = work()
             except VisualGLMError as error:
                 outcome = error
-        outcome = cast("T | VisualGLMError", pickle.loads(self._from_first(pickle.dumps(outcome))))
+        outcome = cast("T | VisualGLMError", self._exchange(outcome)[0])
         if isinstance(outcome, VisualGLMError):
             raise outcome
         return outcome
 
     def leave(self) -> None:
         """The end of what these processes do together."""
+        self.wait()
+        for link in self.links:
+            link.close()
         if self.world_size > 1:
-            self.wait()
             communication.release()
 
-    def _from_first(self, data: bytes) -> bytes:
-        """The `data` of the first process: bytes as numbers, which is all that is exchanged everywhere."""
-        (size,) = self.sums([len(data) if self.rank == 0 else 0])
-        numbers = np.zeros(int(size), np.float32)
-        if self.rank == 0:
-            numbers[:] = np.frombuffer(data, np.uint8)
+    def _exchange(self, own: T) -> list[T]:
+        """What each process brings, by rank, in all of them."""
         with lost_process_named(self):
-            (found,) = ops.Broadcast(0)((Tensor(numbers),))
-        values: NDArray[np.uint8] = found.asnumpy().astype(np.uint8)
-        return values.tobytes()
+            if self.rank:
+                self.links[0].send(own)
+                return cast("list[T]", self.links[0].recv())
+            brought = [own, *(link.recv() for link in self.links)]
+            for link in self.links:
+                link.send(brought)
+            return brought
 
 
 def join_processes(device_name: str) -> Processes:
@@ -114,8 +116,9 @@ def join_processes(device_name: str) -> Processes:
     atexit.register(_end_quietly)
     try:
         communication.init()
-        return Processes(communication.get_rank(), communication.get_group_size(), device_name)
-    except (RuntimeError, ValueError) as error:
+        rank, world_size = communication.get_rank(), communication.get_group_size()
+        return Processes(rank, world_size, device_name, _linked(rank, world_size))
+    except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).partition("\n")[0].strip()
         raise DeviceError(
             f"The processes of the run did not find each other ({reason}); start all of them, with the same "
@@ -134,13 +137,41 @@ def lost_process_named(processes: Processes) -> Iterator[None]:
     """Turns the error of an exchange whose other side is gone into a `DeviceError`."""
     try:
         yield
-    except RuntimeError as error:
-        if processes.world_size == 1 or not any(word in str(error) for word in _LOST):
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        if processes.world_size == 1 or not (any(word in str(error) for word in _LOST) or _is_cut(error)):
             raise
         raise DeviceError(
             f"Another of the {processes.world_size} processes of the run is gone, and process {processes.rank} cannot "
             "go on without it; --resume goes on from the last checkpoint."
         ) from error
+
+
+def _is_cut(error: Exception) -> bool:
+    return isinstance(error, EOFError | ConnectionError)
+
+
+def _linked(rank: int, world_size: int) -> tuple[Connection, ...]:
+    """See `Processes.links`. Where the first process listens, and the key it asks for, all are told by MindSpore."""
+    if rank:
+        told, port, hexadecimal = _told(b"").split(" ")
+        link = Client((told, int(port)), authkey=bytes.fromhex(hexadecimal))
+        link.send(rank)
+        return (link,)
+    host, key = os.environ.get("MS_SCHED_HOST") or gethostbyname(gethostname()), token_bytes(16)
+    with Listener((host, 0), backlog=world_size, authkey=key) as listener:
+        _told(f"{host} {listener.address[1]} {key.hex()}".encode())
+        found = [listener.accept() for _ in range(1, world_size)]
+    by_rank = {link.recv(): link for link in found}
+    return tuple(by_rank[other] for other in range(1, world_size))
+
+
+def _told(message: bytes) -> str:
+    """The message of the first process, as numbers: float32 is what every device can exchange."""
+    numbers = np.zeros(_LONGEST_MESSAGE, np.float32)
+    numbers[: len(message)] = np.frombuffer(message, np.uint8)
+    (found,) = ops.Broadcast(0)((Tensor(numbers),))
+    told: bytes = found.asnumpy().astype(np.uint8).tobytes()
+    return told.rstrip(b"\0").decode()
 
 
 def _end_quietly() -> None:
