@@ -156,6 +156,11 @@ def test_no_file(tmp_path: Path) -> None:
         ('{"img": "a.png", "prompt": " ", "label": "b"}', 'the prompt is " "; write a text that is not empty'),
         ('{"img": "a.png", "prompt": "a", "label": ""}', 'the label is ""; write a text that is not empty'),
         ('{"img": "a.png", "prompt": "a", "label": 3}', "the label is 3; write a text"),
+        (
+            '{"conversations": [["a", "b"]], "prompt": "c", "label": "d"}',
+            "there is conversations and also prompt; keep",
+        ),
+        ('{"conversations": [["a", "b"]], "prompt": null, "answer": "d"}', "conversations and also answer; keep what"),
         ('{"conversations": []}', r"conversations is \[\]; write a list"),
         ('{"conversations": "a"}', 'conversations is "a"; write a list'),
         ('{"conversations": [["a", "b"], ["c"]]}', r'entry 2 of conversations is \["c"\]'),

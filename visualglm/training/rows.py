@@ -32,6 +32,7 @@ _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 # Where other programs keep what is called "img" here: such a row is not meant to go without its picture.
 _LIKE_AN_IMAGE = re.compile("ima?g|pic|photo", re.IGNORECASE)
 _PLACEHOLDER = re.compile(r"^<image>\n?|\n?<image>$")
+_ONE_TURN = ("prompt", "question", "label", "answer")
 _KINDS = ("question", "answer")
 _SPEAKERS = (("human", "user"), ("gpt", "assistant"))
 _ROWS_AT_ONCE = 64
@@ -225,10 +226,17 @@ def _row(where: str, values: dict[str, Any], folder: Path) -> TrainingRow:
         )
     source = None if image is None else folder / image
     if "conversations" in values:
+        _require_only_conversations(where, values)
         return TrainingRow(image, source, _conversation(where, values["conversations"], has_image=image is not None))
     question = _checked_text(where, "the prompt", _value(where, "prompt", values, "question"))
     answer, *alternatives = _answers(where, _value(where, "label", values, "answer"))
     return TrainingRow(image, source, ((question, answer),), tuple(alternatives))
+
+
+def _require_only_conversations(where: str, values: dict[str, Any]) -> None:
+    other = next((key for key in _ONE_TURN if values.get(key) is not None), None)
+    if other is not None:
+        raise DataError(f"{where}: there is conversations and also {other}; keep what is to be learnt, not both.")
 
 
 def _answers(where: str, label: object) -> list[str]:
