@@ -19,9 +19,10 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import visualglm
+from tests.adapters import write_random_adapter
 from visualglm.checkpoint.adapter_dir import open_adapter
 from visualglm.checkpoint.model_dir import open_model_directory, write_model_directory
-from visualglm.errors import ConfigError, DataError, TokenizerError
+from visualglm.errors import CheckpointError, ConfigError, DataError, TokenizerError
 from visualglm.training.finetune import finetune
 from visualglm.training.launch import launch
 from visualglm.training.recipe import FinetuneRecipe
@@ -304,6 +305,19 @@ def test_a_run_is_not_overwritten(tmp_path: Path, recipe: Make) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="file is a file; give a folder"):
         finetune(recipe(run__steps=1), tmp_path / "file", device="cpu")
+
+
+def test_an_adapter_is_no_model_to_begin_with(tmp_path: Path, recipe: Make, tiny_model_dir: Path) -> None:
+    (tmp_path / "my run").mkdir()
+    adapter = write_random_adapter(tmp_path / "my run" / "adapter", tiny_model_dir).path
+    (adapter.parent / RECIPE_NAME).touch()
+    for given, said in ((adapter, "is an adapter, and"), (adapter.parent, f"with the adapter {adapter}, and")):
+        with pytest.raises(CheckpointError) as caught:
+            finetune(recipe(model=given), tmp_path / "out", device="cpu")
+        assert str(caught.value).startswith(f"{given} is ") and said in str(caught.value)
+        assert f"belongs to, or merge both with `visualglm merge MODEL '{adapter}' OUT`, and" in str(caught.value)
+        assert "--adapter" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_wrong_is_told_before_anything_is_written(tmp_path: Path, recipe: Make, tiny_model_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 
 from visualglm.checkpoint.adapter_dir import write_adapter
 from visualglm.checkpoint.files import locked_folder
+from visualglm.checkpoint.instead import is_adapter
 from visualglm.checkpoint.manifest import Source
 from visualglm.checkpoint.model_dir import ModelDirectory, open_model_directory
 from visualglm.errors import DISK_FULL, CheckpointError, TokenizerError
@@ -26,6 +28,7 @@ from visualglm.training.image_cache import ImageCache
 from visualglm.training.loop import Course, StepReport, Trainer, loop_config
 from visualglm.training.parts import is_sharded, whole_parts
 from visualglm.training.recipe import FinetuneRecipe
+from visualglm.training.recipe_file import RECIPE_NAME
 from visualglm.training.run_data import PlannedData, RunData, plan_data
 from visualglm.training.run_folder import RunFolder
 from visualglm.training.run_log import RunLog
@@ -118,6 +121,8 @@ class _Base:
 
     @classmethod
     def open(cls, path: Path | None) -> _Base:
+        if path is not None:
+            _require_no_adapter(path)
         directory = open_model_directory(path or builtin_path())
         if directory.tokenizer_path is None:
             raise TokenizerError(
@@ -126,6 +131,17 @@ class _Base:
             )
         tokenizer = Tokenizer.for_model(directory.tokenizer_path, directory.config.text)
         return cls(directory, tokenizer, BUILTIN_NAME if path is None else None)
+
+
+def _require_no_adapter(path: Path) -> None:
+    """Of one, or the folder of a run, other commands say that it goes beside its model: not to be done here."""
+    adapter = RunFolder(path).adapter if (path / RECIPE_NAME).is_file() else path
+    if is_adapter(adapter):
+        said = "is an adapter" if adapter == path else f"is the folder of a run, with the adapter {adapter}"
+        raise CheckpointError(
+            f"{path} {said}, and fine-tuning begins with a model; give the one that the adapter belongs to, "
+            f"or merge both with `visualglm merge MODEL {shlex.quote(str(adapter))} OUT`, and give OUT."
+        )
 
 
 class _Run:
