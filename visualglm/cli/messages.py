@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, TextIO
 
+from visualglm.cli.log_lines import LogLines
 from visualglm.cli.output import print_note
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ Report = Callable[[int, int], None]
 """Called with what is done and with what there is in all."""
 NotedReport = Callable[[int, int, str], None]
 """The same, with a note such as the loss."""
-
-_SECONDS_BETWEEN_LINES = 30.0
 
 
 class Messages:
@@ -60,22 +58,10 @@ class Messages:
 
     def _noted_progress(self, title: str, unit: Unit) -> AbstractContextManager[NotedReport]:
         if self._quiet or not sys.stderr.isatty():
-            return nullcontext(self._report_in_lines(title))
+            return nullcontext(LogLines(title, self.tell).report)
         from visualglm.cli.display import progress_bar
 
         return progress_bar(title, unit)
-
-    def _report_in_lines(self, title: str) -> NotedReport:
-        """For a log file: a line now and then."""
-        told = time.monotonic()
-
-        def report(done: int, total: int, note: str) -> None:
-            nonlocal told
-            if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
-                told = time.monotonic()
-                self.tell(f"{title}: {done:,} of {total:,}{', ' if note else ''}{note}")
-
-        return report
 
 
 def print_table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
