@@ -1,5 +1,7 @@
 """What is trained, how it is named, and that nothing else is."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -216,3 +218,8 @@ def test_recomputed_activations_give_the_same_gradients(
         expected.append(gradients(trainable, batch))
     assert expected[0].keys() == expected[1].keys()
     assert all(torch.equal(expected[0][name], gradient) for name, gradient in expected[1].items())
+
+
+def test_peft_is_not_imported_before_lora_is_made() -> None:
+    script = "import sys, visualglm.training.torch.engine; sys.exit('peft' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[3]).returncode == 0

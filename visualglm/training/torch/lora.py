@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 
 from visualglm.backends.torch.joined import VisualGLMModel
 from visualglm.training.parts import lora_modules
@@ -11,9 +12,15 @@ from visualglm.training.recipe import TuneRecipe
 
 _ADAPTER = "default"
 
+# PEFT imports transformers, which takes seconds: not before LoRA is made. That it is missing is told at once.
+if find_spec("peft") is None:
+    raise ModuleNotFoundError("No module named 'peft'", name="peft")
+
 
 def add_lora(model: VisualGLMModel, tune: TuneRecipe, seed: int) -> None:
     """Put float32 pairs beside `lora_modules`; all else in the model is frozen by this."""
+    from peft import LoraConfig, inject_adapter_in_model
+
     settings = LoraConfig(
         r=tune.lora_rank,
         lora_alpha=tune.lora_alpha,  # type: ignore[arg-type]
