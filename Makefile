@@ -35,7 +35,7 @@ test: lint ## lint, then every test that is neither slow nor for an accelerator
 	$(PY) -m pytest -m "not slow and not gpu" --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-mindspore: $(MS_DEV) ## the tests of what runs on MindSpore, in an environment of its own
-	$(MS_VENV)/bin/python -m pytest tests/mindspore -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(MS_VENV)/bin/python -m pytest tests/mindspore -m "not slow" --numprocesses auto --maxprocesses 2 --dist loadfile
 
 lint: $(DEV) ## style and types
 	$(PY) -m ruff check .
