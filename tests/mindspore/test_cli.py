@@ -71,7 +71,7 @@ def test_prefixes_are_for_torch(tmp_path: Path):
     assert "learned prefixes (P-tuning); give --backend torch." in outcome.error
 
 
-def test_chat_caption_evaluate_and_bench(tmp_path: Path, expected: str):
+def test_chat_caption_and_evaluate(tmp_path: Path, expected: str):
     chosen = ("-q", "--backend", "mindspore", "--graph-mode", 0)
     with spawn("chat", *chosen, "--image", EXAMPLES / "stop.png") as process:
         assert expected in finish(process, f"{QUESTION}\n").out

@@ -78,7 +78,7 @@ class MindSporeBackend:
     @_computes
     def encode_images(self, pixels: NDArray[np.float32]) -> list[ImageEmbeds]:
         encoded = [
-            _array(self.model.encode_images(Tensor.from_numpy(chunk)))
+            ops.cast(self.model.encode_images(Tensor.from_numpy(chunk)), ms.float32).asnumpy()
             for chunk in np.split(pixels, range(_IMAGES_AT_ONCE, len(pixels), _IMAGES_AT_ONCE))
         ]
         return [ImageEmbeds(array) for array in np.concatenate(encoded)]
@@ -91,7 +91,7 @@ class MindSporeBackend:
         columns = layout.sequence_length
         tensors = fitted(present, columns, self.calls.columns(capacity, self.config.text.max_sequence_length))
         cache = KVCache(tensors, columns, layout.batch_size, keeps_shape=self.calls.compiled)
-        return _array(logits)[: layout.batch_size], cache
+        return logits.asnumpy()[: layout.batch_size], cache
 
     @_computes
     def step(self, token_ids: NDArray[np.int64], layout: Layout, cache: KVCache) -> NDArray[np.float32]:
@@ -105,12 +105,12 @@ class MindSporeBackend:
         inputs = (tokens, positions, visible, np.array([column], np.int32))
         logits, *cache.tensors = self.calls.run("step", *map(Tensor.from_numpy, inputs), *cache.tensors)
         cache.length += 1
-        return _array(logits)[places]
+        return logits.asnumpy()[places]
 
     @_computes
     def logits(self, layout: Layout, image_embeds: Sequence[ImageEmbeds]) -> NDArray[np.float32]:
         (logits,) = self.calls.run("logits", *self._prompt(layout, image_embeds))
-        return _array(logits)[: layout.batch_size, -layout.sequence_length :]
+        return logits.asnumpy()[: layout.batch_size, -layout.sequence_length :]
 
     def _prompt(self, layout: Layout, image_embeds: Sequence[ImageEmbeds]) -> list[Tensor]:
         """What a whole prompt is put to the model with, in a shape that there is a graph for."""
@@ -137,8 +137,3 @@ def padded_layout(layout: Layout, rows: int, columns: int, pad_token_id: int) ->
         np.pad(layout.context_lengths, (0, more_rows), mode="edge"),
         np.pad(starts, (0, more_rows), constant_values=NO_IMAGE),
     )
-
-
-def _array(tensor: Tensor) -> NDArray[np.float32]:
-    array: NDArray[np.float32] = ops.cast(tensor, ms.float32).asnumpy()
-    return array

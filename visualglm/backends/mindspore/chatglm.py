@@ -57,14 +57,15 @@ class ChatGLMAttention(nn.Cell):
         self.proj = nn.Dense(config.hidden_size, config.hidden_size)
 
     def construct(
-        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, is_new: Tensor | None, past: tuple[Tensor, ...]
+        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, places: Tensor | None, past: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """past: nothing, or the cached keys and values, in which the new ones take the place of `is_new`."""
+        """past: nothing, or the cached keys and values, in which the new ones take the column of `places`."""
         q, k, v = ops.split(self.qkv(x), self.width, axis=-1)
         q, k, v = split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if is_new is not None:
-            k, v = ops.where(is_new, k, past[0]), ops.where(is_new, v, past[1])
+        if places is not None:
+            k = ops.tensor_scatter_elements(past[0], places, k, axis=2)
+            v = ops.tensor_scatter_elements(past[1], places, v, axis=2)
         return self.proj(merge_heads(attend(q, k, v, bias))), k, v
 
 
@@ -80,11 +81,11 @@ class ChatGLMLayer(nn.Cell):
         self.mlp = MLP(config.hidden_size, config.intermediate_size, gelu="tanh")
 
     def construct(
-        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, is_new: Tensor | None, past: tuple[Tensor, ...]
+        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, places: Tensor | None, past: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `ChatGLMAttention`."""
         x = self.input_norm(x)
-        attended, k, v = self.attention(x, cos, sin, bias, is_new, past)
+        attended, k, v = self.attention(x, cos, sin, bias, places, past)
         x = self.attention_norm(x * self.residual_scale + attended)
         return x * self.residual_scale + self.mlp(x), k, v
 
@@ -112,12 +113,13 @@ class ChatGLM(nn.Cell):
         """
         turns = ops.expand_dims(ops.gather(self.rotary, ops.transpose(position_ids, (0, 2, 1)), 1), 2)
         bias = ops.cast(ops.logical_not(mask), ms.float32) * HIDDEN
-        is_new = None
+        places = None
         if column is not None:
-            is_new = ops.reshape(ops.arange(past[0].shape[2], dtype=ms.int32) == column, (1, 1, -1, 1))
+            batch, heads, _, head_dim = past[0].shape
+            places = ops.broadcast_to(ops.reshape(column, (1, 1, 1, 1)), (batch, heads, 1, head_dim))
         x = inputs_embeds
         present: tuple[Tensor, ...] = ()
         for index, layer in enumerate(self.layers):
-            x, k, v = layer(x, turns[0], turns[1], bias, is_new, past[2 * index : 2 * index + 2])
+            x, k, v = layer(x, turns[0], turns[1], bias, places, past[2 * index : 2 * index + 2])
             present += (k, v)
         return self.norm(x), *present

@@ -63,20 +63,23 @@ class VisualGLMModel(nn.Cell):
     def logits(
         self, input_ids: Tensor, image_embeds: Tensor, image_starts: Tensor, position_ids: Tensor, mask: Tensor
     ) -> Tensor:
-        """Logits [batch, seq, vocab] of a whole prompt."""
-        return self.text.lm_head(self.hidden_states(input_ids, image_embeds, image_starts, position_ids, mask))
+        """Logits, float32 [batch, seq, vocab], of a whole prompt."""
+        return self._logits(self.hidden_states(input_ids, image_embeds, image_starts, position_ids, mask))
 
     def prefill(
         self, input_ids: Tensor, image_embeds: Tensor, image_starts: Tensor, position_ids: Tensor, mask: Tensor
     ) -> tuple[Tensor, ...]:
-        """Logits [batch, vocab] after the last column of a prompt, then its keys and values, layer by layer."""
+        """Logits, float32 [batch, vocab], after the last column of a prompt, then its keys and values by layer."""
         hidden, *present = self.text(self.embed(input_ids, image_embeds, image_starts), position_ids, mask)
-        return self.text.lm_head(hidden[:, -1]), *present
+        return self._logits(hidden[:, -1]), *present
 
     def step(
         self, token_ids: Tensor, position_ids: Tensor, mask: Tensor, column: Tensor, *past: Tensor
     ) -> tuple[Tensor, ...]:
-        """One more token a row, int32 [batch] → logits [batch, vocab], then all keys and values, layer by layer."""
+        """One more token a row, int32 [batch] → logits, float32 [batch, vocab], then all keys and values by layer."""
         embeds = self.text.word_embeddings(ops.expand_dims(token_ids, 1))
         hidden, *present = self.text(embeds, position_ids, mask, column, *past)
-        return self.text.lm_head(hidden[:, -1]), *present
+        return self._logits(hidden[:, -1]), *present
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return ops.cast(self.text.lm_head(hidden), ms.float32)
