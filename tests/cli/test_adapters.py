@@ -4,12 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import visualglm
 from tests.adapters import spoil_config, write_random_adapter
 from tests.cli.program import Invoke, draw
 from visualglm.checkpoint.adapter_dir import open_adapter
+from visualglm.checkpoint.keys import hf_modules
 from visualglm.checkpoint.model_dir import open_model_directory
 from visualglm.loading import builtin_path
 
@@ -155,6 +158,36 @@ def test_convert(invoke: Invoke, tmp_path: Path):
     assert "leave --to and --tokenizer out" in invoke("convert", lora, tmp_path / "x", "--to", "hf").error
     assert "is not empty" in invoke("convert", lora, tmp_path / "known").error
     assert invoke("convert", lora, tmp_path / "known", "--force", "-q").code == 0
+
+
+def test_lora_of_the_hugging_face_model(invoke: Invoke, tiny_model_dir: Path, adapters: Path, tmp_path: Path):
+    """The same numbers under the names of that model, whose q, k and v lie head by head, answer the same."""
+    rain, theirs = open_adapter(adapters / "rain"), tmp_path / "peft"
+    theirs.mkdir()
+    assert rain.settings
+    text = open_model_directory(tiny_model_dir).config.text
+    names = {ours: name for name, ours in hf_modules(open_model_directory(tiny_model_dir).config).items()}
+    tensors = {}
+    for module, pair in rain.lora.items():
+        b = pair.b.array()
+        if module.endswith("qkv"):
+            b = b.reshape(3, text.num_attention_heads, text.head_dim, -1).transpose(1, 0, 2, 3).reshape(b.shape)
+        tensors |= {f"base_model.model.{names[module]}.lora_A.weight": pair.a.array().copy()}
+        tensors |= {f"base_model.model.{names[module]}.lora_B.weight": b.copy()}
+    save_file(tensors, theirs / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rain.settings.r, "lora_alpha": rain.settings.lora_alpha}
+    told = {"base_model_name_or_path": "THUDM/visualglm-6b"}
+    (theirs / "adapter_config.json").write_text(json.dumps(settings | told))
+    error = invoke("ask", QUESTION, "-m", tiny_model_dir, "--adapter", theirs, *SHORT).error
+    assert f"convert it with `visualglm convert {theirs} OUT --base MODEL`, and give OUT" in error
+    outcome = invoke("convert", theirs, tmp_path / "ours", "--base", tiny_model_dir)
+    assert outcome.out.startswith(f"source   {theirs}: fine-tuned by PEFT on the Hugging Face model\n")
+    assert "Warning: PEFT noted THUDM/visualglm-6b as its model; that it fits MODEL is all" in outcome.err
+    for module, pair in open_adapter(tmp_path / "ours").lora.items():
+        assert np.array_equal(pair.b.array(), rain.lora[module].b.array()) and pair.scale == rain.lora[module].scale
+    ask = ("ask", QUESTION, "-m", tiny_model_dir, "--backend", "torch", *SHORT, "--adapter")
+    assert invoke(*ask, tmp_path / "ours").out == invoke(*ask, adapters / "rain").out
+    assert "give that with --base MODEL" in invoke("convert", theirs, tmp_path / "blind").error
 
 
 def test_check_and_info(invoke: Invoke, adapters: Path, tmp_path: Path):

@@ -77,4 +77,4 @@ def test_without_a_base(invoke: Invoke, lora: Path, tmp_path: Path) -> None:
 
 def test_a_file_of_another_kind(invoke: Invoke, trio: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     error = invoke("convert", trio, tmp_path / "out", "--base", tiny_model_dir).error
-    assert "holds no LoRA of SAT or MindFormers, which is what --base is for" in error
+    assert "holds no LoRA of another program, which is what --base is for" in error

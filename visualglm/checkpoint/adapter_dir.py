@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,10 +28,12 @@ from visualglm.checkpoint.files import (
     write_file,
 )
 from visualglm.checkpoint.instead import adapter_inside, require_model_folder
+from visualglm.checkpoint.keys import hf_modules
 from visualglm.checkpoint.listed_files import open_manifest, require_sizes
 from visualglm.checkpoint.manifest import ADAPTER, MANIFEST, FileRecord, FolderManifest, Sha256, Source
 from visualglm.checkpoint.model_dir import ModelDirectory
 from visualglm.checkpoint.peft_config import PEFT_CONFIG, LoraSettings, read_lora_settings
+from visualglm.checkpoint.pickle_reader import read_torch_archive
 from visualglm.checkpoint.replaceable import require_replaceable_as
 from visualglm.checkpoint.safetensors_file import read_safetensors, safetensors_pieces
 from visualglm.checkpoint.tensors import (
@@ -46,7 +49,7 @@ from visualglm.config import VisualGLMConfig
 from visualglm.errors import CheckpointError
 from visualglm.parameters import parameter_shapes, prefix_name
 
-PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_WEIGHTS, PEFT_PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 TRAINED, PREFIX = "trained.safetensors", "prefix.safetensors"
 
 _OVERHEAD_BYTES = 1_000_000
@@ -141,9 +144,10 @@ def open_adapter(path: Path | str) -> AdapterDirectory:
     if not (path / PEFT_CONFIG).is_file():
         known = adapter_inside(path) or f"a folder made by `{ADAPTER.command}`, `visualglm convert` or PEFT"
         raise CheckpointError(f"{path} is no adapter: neither {MANIFEST} nor {PEFT_CONFIG} is there; give {known}.")
-    if not (path / PEFT_WEIGHTS).is_file():
-        raise CheckpointError(f"{path} lacks {PEFT_WEIGHTS}; save the adapter with PEFT's safe_serialization=True.")
-    return _read(path, None, {name: hash_pieces(file_pieces(path / name)) for name in (PEFT_CONFIG, PEFT_WEIGHTS)})
+    weights = next((name for name in (PEFT_WEIGHTS, PEFT_PICKLED) if (path / name).is_file()), None)
+    if weights is None:
+        raise CheckpointError(f"{path} has neither {PEFT_WEIGHTS} nor {PEFT_PICKLED}; get the adapter again.")
+    return _read(path, None, {name: hash_pieces(file_pieces(path / name)) for name in (PEFT_CONFIG, weights)}, weights)
 
 
 def write_adapter(
@@ -210,6 +214,11 @@ def require_base(adapter: AdapterDirectory, directory: ModelDirectory) -> None:
             f"{manifest.base_fingerprint[:12]}), and {directory.path} is another one ({directory.fingerprint[:12]}); "
             "give it with the model that it was trained on."
         )
+    if adapter.lora.keys() & hf_modules(directory.config).keys():
+        raise CheckpointError(
+            f"The adapter {adapter.path} was trained on the Hugging Face model, where layers have other names; "
+            f"convert it with `visualglm convert {shlex.quote(str(adapter.path))} OUT --base MODEL`, and give OUT."
+        )
     faults = list(_misfits(adapter, directory.config))
     if faults:
         raise CheckpointError(f"The adapter {adapter.path} does not fit the model {directory.path}: {listed(faults)}.")
@@ -227,17 +236,19 @@ def require_finite(adapter: AdapterDirectory) -> None:
             )
 
 
-def _read(path: Path, manifest: AdapterManifest | None, hashes: Mapping[str, str]) -> AdapterDirectory:
-    """The adapter with these files."""
+def _read(
+    path: Path, manifest: AdapterManifest | None, hashes: Mapping[str, str], weights: str = PEFT_WEIGHTS
+) -> AdapterDirectory:
+    """The adapter with these files, of which `weights` has LoRA."""
     settings = None
-    if PEFT_CONFIG in hashes or PEFT_WEIGHTS in hashes:
+    if PEFT_CONFIG in hashes or weights in hashes:
         settings = read_lora_settings(read_json_object(path / PEFT_CONFIG), path / PEFT_CONFIG)
     found = AdapterDirectory(
         path=path,
         manifest=manifest,
         settings=settings,
         fingerprint=sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest(),
-        lora=_read_lora(path / PEFT_WEIGHTS, settings) if settings else {},
+        lora=_read_lora(path / weights, settings) if settings else {},
         trained=_read_floats(path / TRAINED) if TRAINED in hashes else {},
         prefix=_read_floats(path / PREFIX) if PREFIX in hashes else {},
     )
@@ -280,7 +291,7 @@ def _pair_faults(module: str, pair: Mapping[str, StoredTensor], rank: int) -> It
 
 
 def _read_floats(path: Path) -> dict[str, StoredTensor]:
-    tensors = read_safetensors(path)
+    tensors = read_torch_archive(path) if path.name == PEFT_PICKLED else read_safetensors(path)
     others = [
         f"{name} is {tensor.dtype} {list(tensor.shape)}"
         for name, tensor in tensors.items()

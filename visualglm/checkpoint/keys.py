@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from visualglm.checkpoint.manifest import Layout
 from visualglm.checkpoint.tensors import Tensor
-from visualglm.config import TextConfig
+from visualglm.config import TextConfig, VisualGLMConfig
+from visualglm.parameters import parameter_shapes
 
 _VIT = "mixins.eva.model.vit"
 _QFORMER = "mixins.eva.model.qformer.transformer"
@@ -57,6 +58,7 @@ STRAY_NAMES = ("transformer.position_embeddings.weight",)
 _PACKED_TEXT = re.compile(r"text\.layers\.\d+\.attention\.qkv\.(weight|bias)")
 _LAYER = re.compile(r"(?<=layers\.)\d+")
 _PARAMETER = re.compile(r"\.(weight|bias)$")
+_WEIGHT = ".weight"
 
 
 def sat_name(name: str) -> str:
@@ -74,6 +76,12 @@ def hf_name(name: str) -> str:
         if found.startswith(sat):
             return hf + found.removeprefix(sat)
     return found
+
+
+def hf_modules(config: VisualGLMConfig) -> dict[str, str]:
+    """Our names of all modules with a matrix for a weight, by those in a Hugging Face checkpoint."""
+    weights = [name for name, shape in parameter_shapes(config).items() if len(shape) == 2 and name.endswith(_WEIGHT)]
+    return {hf_name(name).removesuffix(_WEIGHT): name.removesuffix(_WEIGHT) for name in weights}
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ _SUPPORTED: Mapping[str, tuple[object, ...]] = {
 _MUST_BE_UNSET = (
     "alora_invocation_tokens",
     "arrow_config",
+    # Of the first versions of PEFT: LoRA of some thirds of a packed qkv.
+    "enable_lora",
     "fan_in_fan_out",
     "kasa_config",
     "layer_replication",
@@ -67,10 +69,14 @@ class LoraSettings(BaseModel):
         """Of the pair of `module`."""
         return int(_by_pattern(self.rank_pattern, module, self.r))
 
+    def alpha(self, module: str) -> float:
+        """Of the pair of `module`."""
+        return _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+
     def scale(self, module: str) -> float:
         """What the product of the pair of `module` is multiplied with."""
         rank = self.rank(module)
-        return _by_pattern(self.alpha_pattern, module, self.lora_alpha) / (sqrt(rank) if self.use_rslora else rank)
+        return self.alpha(module) / (sqrt(rank) if self.use_rslora else rank)
 
     def target_faults(self, modules: Collection[str]) -> Iterator[str]:
         """Clauses about `target_modules` and the names of modules that have weights, where they do not agree."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from visualglm.checkpoint.adapter_dir import AdapterDirectory
 from visualglm.checkpoint.convert import Conversion, Format
 from visualglm.checkpoint.convert import convert as convert_checkpoint
 from visualglm.checkpoint.files import checked_path
+from visualglm.checkpoint.hf_lora import convert_hf_adapter, holds_hf_adapter, told_hf_base
 from visualglm.checkpoint.mindformers_lora import (
     RECIPE_ALPHA,
     convert_mindformers_adapter,
@@ -35,6 +37,40 @@ _TITLES: dict[Format, str] = {
 _LAYOUTS = {"thirds": "q, k and v one after the other", "per_head": "q, k and v head by head"}
 
 
+@dataclass(frozen=True)
+class _Adapters:
+    """What one program leaves of fine-tuning: how it is recognised and converted, and what to tell of it."""
+
+    by: str
+    holds: Callable[[Path], bool]
+    convert: Callable[..., AdapterDirectory]
+    note: Callable[[Path], str | None] = lambda _: None
+
+
+def _alpha_note(source: Path) -> str | None:
+    if told_alpha(source) is not None:
+        return None
+    return (
+        f"Taken is lora_alpha {RECIPE_ALPHA:g}, as the recipe has it; if yours was another, put your "
+        f"run_visualglm_lora.yaml beside {source} and convert it again."
+    )
+
+
+def _base_note(source: Path) -> str:
+    name = told_hf_base(source)
+    return (
+        f"Warning: PEFT noted {f'{name} as its model' if name else 'no name of its model'}; "
+        "that it fits MODEL is all that could be checked."
+    )
+
+
+_ADAPTERS = (
+    _Adapters("SAT", holds_sat_adapter, convert_sat_adapter),
+    _Adapters("MindFormers", holds_mindformers_adapter, convert_mindformers_adapter, _alpha_note),
+    _Adapters("PEFT on the Hugging Face model", holds_hf_adapter, convert_hf_adapter, _base_note),
+)
+
+
 def convert(
     source: Annotated[Path, Argument(metavar="SOURCE", help="Folder with a checkpoint; its format is recognised.")],
     output: Annotated[Path, Argument(metavar="OUT", help="Folder to be made.")],
@@ -51,17 +87,18 @@ def convert(
     """Convert a checkpoint: SAT, Hugging Face, MindFormers or model directory, in any direction.
 
     Weights are kept bit by bit and read one tensor at a time; no code in a checkpoint is run. LoRA or prefixes that
-    SAT fine-tuned, in an archive or a .pt file, and LoRA of MindFormers, in a .ckpt file, become an adapter directory.
+    SAT fine-tuned, in an archive or a .pt file, LoRA of MindFormers, in a .ckpt file, and LoRA that PEFT trained on the
+    Hugging Face model, in a folder, become an adapter directory.
     """
     messages = Messages(quiet)
-    convert_adapter = _adapter_converter(checked_path(source))
-    if convert_adapter:
+    adapters = next((kind for kind in _ADAPTERS if kind.holds(checked_path(source))), None)
+    if adapters:
         if to != "model" or tokenizer:
             raise ConfigError(f"{source} holds an adapter, which has one format here; leave --to and --tokenizer out.")
-        _convert_adapter(convert_adapter, source, output, base, force, messages)
+        _convert_adapter(adapters, source, output, base, force, messages)
         return
     if base:
-        raise ConfigError(f"{source} holds no LoRA of SAT or MindFormers, which is what --base is for; leave it out.")
+        raise ConfigError(f"{source} holds no LoRA of another program, which is what --base is for; leave it out.")
     with messages.byte_progress("converting") as report:
         done = convert_checkpoint(source, output, to=to, tokenizer=tokenizer, force=force, report=report)
     print_table(_facts(done))
@@ -76,29 +113,15 @@ def convert(
         messages.tell(f"\n{done.license_text.strip()}")
 
 
-def _adapter_converter(source: Path) -> Callable[..., AdapterDirectory] | None:
-    if holds_sat_adapter(source):
-        return convert_sat_adapter
-    return convert_mindformers_adapter if holds_mindformers_adapter(source) else None
-
-
 def _convert_adapter(
-    convert_adapter: Callable[..., AdapterDirectory],
-    source: Path,
-    output: Path,
-    base: Path | None,
-    force: bool,
-    messages: Messages,
+    kind: _Adapters, source: Path, output: Path, base: Path | None, force: bool, messages: Messages
 ) -> None:
     model = None if base is None else open_model_directory(base)
-    adapter = convert_adapter(source, output, base=model, force=force)
-    by = "SAT" if convert_adapter is convert_sat_adapter else "MindFormers"
-    print_table([("source", f"{source}: fine-tuned by {by}"), *adapter_facts(adapter)])
-    if convert_adapter is convert_mindformers_adapter and told_alpha(source) is None:
-        messages.tell(
-            f"Taken is lora_alpha {RECIPE_ALPHA:g}, as the recipe has it; if yours was another, put your "
-            f"run_visualglm_lora.yaml beside {source} and convert it again."
-        )
+    adapter = kind.convert(source, output, base=model, force=force)
+    print_table([("source", f"{source}: fine-tuned by {kind.by}"), *adapter_facts(adapter)])
+    note = kind.note(source)
+    if note:
+        messages.tell(note)
     if model is None:
         messages.tell("Warning: without --base MODEL the adapter does not know which model it belongs to.")
 
