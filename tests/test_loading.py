@@ -133,7 +133,7 @@ def test_a_cache_that_cannot_be_written_is_told(tiny_model_dir: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "jax"}, r"The backend 'jax' is unknown; give auto, onnx, torch or mindspore\."),
+        ({"backend": "jax"}, r"The backend 'jax' is unknown; give auto, onnx, torch, mindspore or mindir\."),
         (
             {"device": "tpu", "backend": "torch"},
             r"The device 'tpu' is unknown; give auto, cpu, cuda, cuda:1, mps or npu",

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from visualglm.backends.base import Backend
+from visualglm.backends.mindir.load import prepare_mindir
 from visualglm.backends.mindspore.environment import prepare_mindspore
 from visualglm.checkpoint.adapter_dir import AdapterDirectory, open_adapter, require_base
 from visualglm.checkpoint.files import checked_path
 from visualglm.checkpoint.lite_dir import LiteDirectory, Precision, is_lite_directory, open_lite_directory
 from visualglm.checkpoint.merge import MergedDirectory, fingerprint_of_both, merged
+from visualglm.checkpoint.mindir_dir import MindirDirectory, is_mindir_directory, open_mindir_directory
 from visualglm.checkpoint.model_dir import ModelDirectory, open_model_directory
 from visualglm.config import DType, VisualGLMConfig
 from visualglm.errors import DeviceError
@@ -31,7 +33,7 @@ BUILTIN_NOTICE = (
     "The built-in model knows only drawn shapes, numbers and short words: "
     "it shows how everything works and is not VisualGLM-6B."
 )
-BackendName = Literal["auto", "onnx", "torch", "mindspore"]
+BackendName = Literal["auto", "onnx", "torch", "mindspore", "mindir"]
 GraphMode = Literal[0, 1]
 """Of MindSpore: 0 compiles the model into graphs, 1 runs it operator by operator."""
 DTypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
@@ -49,8 +51,8 @@ _HALVES = ("bfloat16", "float16")
 class Choice:
     """A model that has been found and looked at, and how it is to be run; nothing is loaded yet."""
 
-    directory: ModelDirectory | LiteDirectory
-    backend: Literal["onnx", "torch", "mindspore"]
+    directory: ModelDirectory | LiteDirectory | MindirDirectory
+    backend: Literal["onnx", "torch", "mindspore", "mindir"]
     device: str
     dtype: str
     name: str
@@ -66,7 +68,7 @@ class Choice:
     @property
     def fingerprint(self) -> str:
         """Of the model, whatever its form, with the adapter that is in use."""
-        if isinstance(self.directory, LiteDirectory):
+        if isinstance(self.directory, LiteDirectory | MindirDirectory):
             return self.directory.manifest.model_fingerprint
         if isinstance(self.directory, MergedDirectory):
             return self.directory.fingerprint
@@ -81,7 +83,7 @@ class Choice:
     @property
     def memory(self) -> MemoryEstimate:
         """What it takes; for "auto" that of the weights' own precision, whichever is taken."""
-        if isinstance(self.directory, LiteDirectory):
+        if isinstance(self.directory, LiteDirectory | MindirDirectory):
             return self.directory.memory
         stored = self.config.dtype
         return estimate_memory(self.config, next((known for known in get_args(DType) if known == self.dtype), stored))
@@ -93,7 +95,7 @@ class Choice:
         """
         path = self.tokenizer_path
         tokenizer = None if path is None else Tokenizer.for_model(path, self.config.text)
-        if isinstance(self.directory, LiteDirectory) or self.backend != "torch":
+        if isinstance(self.directory, LiteDirectory | MindirDirectory) or self.backend != "torch":
             return VisualGLM(self._load_backend(threads), tokenizer, name=self.name)
         model = VisualGLM(self._load_backend(threads), tokenizer, name=self.name, directory=self.directory)
         for name, adapter in self.adapters.items():
@@ -106,6 +108,10 @@ class Choice:
             from visualglm.backends.onnx.load import load_onnx_backend
 
             return load_onnx_backend(self.directory, self.device, threads)
+        if isinstance(self.directory, MindirDirectory):
+            from visualglm.backends.mindir.load import load_mindir_backend
+
+            return load_mindir_backend(self.directory, self.device, threads)
         if self.backend == "mindspore":
             from visualglm.backends.mindspore.load import load_mindspore_backend
 
@@ -175,13 +181,19 @@ def choose(
     _check_known("backend", backend, get_args(BackendName))
     _check_known("precision", dtype, get_args(DTypeName))
     _check_graph_mode(graph_mode, backend)
-    if path is not None and is_lite_directory(path):
+    found = None if path is None else open_export(path)
+    if found is not None:
         if adapters:
             raise DeviceError(
                 f"{path} is an export, which takes no adapter; give the model directory that it was made from, "
                 "or export that with --adapter."
             )
-        return _exported(open_lite_directory(path), backend, device, dtype)
+        return _exported(found, backend, device, dtype)
+    if backend == "mindir":
+        raise DeviceError(
+            f"The mindir backend runs exports only, and {path or 'the built-in model'} is none; make one with "
+            "`visualglm export MODEL OUT --format mindir`, or give --backend mindspore."
+        )
     # The built-in model is part of the package, whose files were checked when it was installed.
     directory = open_model_directory(builtin_path() if path is None else path, hash_weights=path is not None)
     name = BUILTIN_NAME if path is None else str(directory.path)
@@ -265,11 +277,20 @@ class _Export:
         return self.is_builtin and self.precision == "fp32" and not self.adapters
 
 
-def _exported(directory: LiteDirectory, backend: str, device: str, dtype: str) -> Choice:
-    if backend not in ("auto", "onnx"):
+def open_export(path: str | Path) -> LiteDirectory | MindirDirectory | None:
+    """What lies at `path`, if it is an export; raises `CheckpointError` or `ConfigError` if that is not as it was."""
+    if is_lite_directory(path):
+        return open_lite_directory(path)
+    return open_mindir_directory(path) if is_mindir_directory(path) else None
+
+
+def _exported(directory: LiteDirectory | MindirDirectory, backend: str, device: str, dtype: str) -> Choice:
+    own: Literal["onnx", "mindir"]
+    own, runtime = ("onnx", "ONNX Runtime") if isinstance(directory, LiteDirectory) else ("mindir", "MindSpore")
+    if backend not in ("auto", own):
         raise DeviceError(
-            f"{directory.path} is an export for ONNX Runtime, which {backend} cannot run; "
-            "give --backend onnx, or the model directory that it was made from."
+            f"{directory.path} is an export for {runtime}, which {backend} cannot run; "
+            f"give --backend {own}, or the model directory that it was made from."
         )
     precision = directory.manifest.precision
     if dtype != "auto" and _PRECISIONS.get(dtype) != precision:
@@ -277,7 +298,9 @@ def _exported(directory: LiteDirectory, backend: str, device: str, dtype: str) -
             f"{directory.path} is an export of precision {precision} and cannot be run as {dtype}; "
             "leave --dtype out, or export the model again."
         )
-    return Choice(directory, "onnx", device, dtype, str(directory.path), directory.tokenizer_path)
+    if own == "mindir":
+        prepare_mindir()
+    return Choice(directory, own, device, dtype, str(directory.path), directory.tokenizer_path)
 
 
 def _precision(directory: ModelDirectory, dtype: str) -> Precision:

@@ -103,6 +103,11 @@ def is_plain_name(name: str) -> bool:
     return name not in ("", ".", "..") and not any(char in name for char in "/\\:\0")
 
 
+def is_inside(name: str) -> bool:
+    """Whether `name` names something inside a folder or the folders there, "/" between them, on any system."""
+    return all(map(is_plain_name, name.split("/")))
+
+
 def file_pieces(path: Path) -> Iterator[bytes]:
     """The bytes of a file; raises `CheckpointError` if it cannot be read."""
     try:
@@ -161,7 +166,7 @@ def staged_folder(
             try:
                 _clear(partial)
                 yield partial
-                _sync_folders(partial, *(path for path in partial.iterdir() if path.is_dir()))
+                _sync_folders(partial, *(path for path in partial.rglob("*") if path.is_dir()))
                 _put_in_place(partial, output)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)

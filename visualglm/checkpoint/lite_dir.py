@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-from visualglm.checkpoint.files import checked_path, read_json_object, staged_folder, write_file
+from visualglm.checkpoint.export_dir import (
+    ExportManifest,
+    checked_tokenizer,
+    finish_export,
+    is_export,
+    read_small,
+    read_unchanged,
+    staged_export,
+)
+from visualglm.checkpoint.files import checked_path
 from visualglm.checkpoint.listed_files import (
-    hash_files,
     open_manifest,
     require_listed,
     require_sizes,
     require_small_unchanged,
     verify_files,
 )
-from visualglm.checkpoint.manifest import MANIFEST, ONNX_EXPORT, FileRecord, FolderManifest, Sha256
-from visualglm.checkpoint.model_dir import (
-    CONFIG,
-    TOKENIZER,
-    ModelDirectory,
-    tokenizer_of,
-    write_side_files,
-)
+from visualglm.checkpoint.manifest import ONNX_EXPORT
+from visualglm.checkpoint.model_dir import CONFIG, ModelDirectory
 from visualglm.checkpoint.onnx_file import DATA_SUFFIX, check_external_data
 from visualglm.checkpoint.progress import Report
-from visualglm.checkpoint.replaceable import require_replaceable_as
 from visualglm.config import VisualGLMConfig
 from visualglm.errors import CheckpointError
 from visualglm.memory import BYTES_PER_ELEMENT, CacheType, MemoryEstimate, estimate_lite_memory
@@ -40,9 +38,6 @@ Precision = Literal["fp32", "fp16", "int8", "int4"]
 """Of the decoder's linear layers."""
 Graph = Literal["vision_encoder", "embed_tokens", "decoder"]
 GRAPHS: tuple[Graph, ...] = ("vision_encoder", "embed_tokens", "decoder")
-
-# Of what is read whole when a directory is opened; weights lie outside the graphs.
-_LARGEST_READ = 64 * 2**20
 
 
 class LiteForm(BaseModel):
@@ -73,14 +68,12 @@ class LiteForm(BaseModel):
         return ", ".join(facts)
 
 
-class LiteManifest(LiteForm, FolderManifest):
-    """The manifest of a lite directory. parameter_count, source and fingerprint are those of the exported model."""
+class LiteManifest(LiteForm, ExportManifest):
+    """The manifest of a lite directory."""
 
     kind = ONNX_EXPORT
 
     format: Literal["visualglm-onnx"] = "visualglm-onnx"
-    model_fingerprint: Sha256
-    tokenizer_sha256: Sha256 | None
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ class LiteDirectory:
 
     def read_graph(self, name: Graph) -> bytes:
         """A graph without its weights; raises `CheckpointError` if it cannot be read."""
-        return _read(self.graph(name))
+        return read_small(self.graph(name))
 
     @property
     def weights_bytes(self) -> int:
@@ -117,10 +110,7 @@ class LiteDirectory:
 
 def is_lite_directory(path: Path | str) -> bool:
     """Whether a manifest says so; all else is up to `open_lite_directory`."""
-    try:
-        return read_json_object(checked_path(path) / MANIFEST).get("format") == ONNX_EXPORT.format
-    except CheckpointError:
-        return False
+    return is_export(path, ONNX_EXPORT)
 
 
 def open_lite_directory(path: Path | str, *, hash_weights: bool = True) -> LiteDirectory:
@@ -133,16 +123,16 @@ def open_lite_directory(path: Path | str, *, hash_weights: bool = True) -> LiteD
     """
     path = checked_path(path)
     manifest = open_manifest(path, LiteManifest)
-    tokenizer_path = _checked_tokenizer(path, manifest)
+    tokenizer_path = checked_tokenizer(path, manifest)
     require_sizes(path, manifest)
     require_listed(path, manifest, [CONFIG, *map(_graph_file, GRAPHS)])
-    _read_unchanged(path / CONFIG, manifest)
+    read_unchanged(path / CONFIG, manifest)
     for name in GRAPHS:
         data = manifest.files.get(_data_file(name))
         graph = path / _graph_file(name)
         if data:
             _require_neighbours(graph, path / _data_file(name))
-        check_external_data(graph, _read_unchanged(graph, manifest), data.size if data else None)
+        check_external_data(graph, read_unchanged(graph, manifest), data.size if data else None)
     if hash_weights:
         require_small_unchanged(path, manifest, [name for name in map(_data_file, GRAPHS) if name in manifest.files])
     return LiteDirectory(path, VisualGLMConfig.from_file(path / CONFIG), manifest, tokenizer_path)
@@ -170,30 +160,10 @@ def write_lite_directory(
     else lies beside is replaced with `force`), the disk fills up, or what was written could not be opened.
     """
     path = checked_path(path)
-    replaceable = partial(require_replaceable_as, LiteManifest)
-    with staged_folder(path, needed_bytes=needed_bytes, force=force, require_replaceable=replaceable) as folder:
-        form = fill(folder)
-        write_file(folder / CONFIG, [model.config.model_dump_json(indent=2).encode()])
-        write_side_files(folder, model.checkpoint, TOKENIZER)
-        manifest = _manifest(folder, model, form, report)
-        write_file(folder / MANIFEST, [manifest.to_json()])
+    with staged_export(path, LiteManifest, needed_bytes=needed_bytes, force=force) as folder:
+        finish_export(folder, model, LiteManifest, fill(folder), report)
         open_lite_directory(folder)
     return open_lite_directory(path)
-
-
-def _manifest(folder: Path, model: ModelDirectory, form: LiteForm, report: Report | None) -> LiteManifest:
-    names = sorted(entry.name for entry in folder.iterdir())
-    for name in names:
-        _sync(folder / name)
-    hashes = hash_files(folder, names, report)
-    return LiteManifest(
-        **form.model_dump(),
-        parameter_count=model.manifest.parameter_count,
-        source=model.manifest.source,
-        model_fingerprint=model.fingerprint,
-        tokenizer_sha256=hashes.get(TOKENIZER),
-        files={name: FileRecord(sha256=hashes[name], size=(folder / name).stat().st_size) for name in names},
-    )
 
 
 def _require_neighbours(graph: Path, data: Path) -> None:
@@ -205,55 +175,9 @@ def _require_neighbours(graph: Path, data: Path) -> None:
         )
 
 
-def _sync(file: Path) -> None:
-    """Bring what was written by others down to the disk."""
-    with open(file, "r+b") as opened:
-        os.fsync(opened.fileno())
-
-
 def _graph_file(name: Graph) -> str:
     return f"{name}.onnx"
 
 
 def _data_file(name: Graph) -> str:
     return _graph_file(name) + DATA_SUFFIX
-
-
-def _checked_tokenizer(path: Path, manifest: LiteManifest) -> Path | None:
-    """The tokenizer, which may have been added to an export that had none."""
-    tokenizer = tokenizer_of(path)
-    if manifest.tokenizer_sha256 is None:
-        return tokenizer
-    if tokenizer is None:
-        raise CheckpointError(f"{path} lacks its {TOKENIZER}; export the model again.")
-    if _sha256(_read(tokenizer)) != manifest.tokenizer_sha256:
-        raise CheckpointError(
-            f"{tokenizer} is not the tokenizer that {path} was exported with (sha256 {manifest.tokenizer_sha256}); "
-            "put that one in its place, or export the model again."
-        )
-    return tokenizer
-
-
-def _read_unchanged(file: Path, manifest: LiteManifest) -> bytes:
-    """The content of a small file that the manifest lists; `CheckpointError` if it is not what was written."""
-    content = _read(file)
-    if _sha256(content) != manifest.files[file.name].sha256:
-        raise CheckpointError(f"{file} changed since it was written; export the model again.")
-    return content
-
-
-def _read(file: Path) -> bytes:
-    size = file.stat().st_size
-    if size > _LARGEST_READ:
-        raise CheckpointError(
-            f"{file} has {size:,} bytes, and may have {_LARGEST_READ:,}, since weights lie outside; "
-            "export the model again."
-        )
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({error.strerror}).") from error
-
-
-def _sha256(content: bytes) -> str:
-    return sha256(content).hexdigest()

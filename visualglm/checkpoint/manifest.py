@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from visualglm.checkpoint.files import is_plain_name, read_json_object, readable
+from visualglm.checkpoint.files import is_inside, is_plain_name, read_json_object, readable
 from visualglm.errors import CheckpointError
 from visualglm.faults import first_fault
 
@@ -70,6 +70,8 @@ class FolderKind:
     remedy: str
     use: str | None = None
     """What to do with one that is given where another kind is needed; None: give one of that kind."""
+    has_folders: bool = False
+    """Whether some of its files lie in folders inside."""
 
     @property
     def name(self) -> str:
@@ -79,6 +81,14 @@ class FolderKind:
 
 MODEL = FolderKind(None, 1, "a model directory", "visualglm convert", "convert the checkpoint again")
 ONNX_EXPORT = FolderKind("visualglm-onnx", 1, "an ONNX export", "visualglm export", "export the model again")
+MINDIR_EXPORT = FolderKind(
+    "visualglm-mindir",
+    1,
+    "a MindIR export",
+    "visualglm export --format mindir",
+    "export the model again",
+    has_folders=True,
+)
 ADAPTER = FolderKind(
     "visualglm-adapter",
     1,
@@ -87,7 +97,7 @@ ADAPTER = FolderKind(
     "train or convert it again",
     "give it as --adapter, beside the model that it belongs to",
 )
-_KINDS = {kind.format: kind for kind in (MODEL, ONNX_EXPORT, ADAPTER)}
+_KINDS = {kind.format: kind for kind in (MODEL, ONNX_EXPORT, MINDIR_EXPORT, ADAPTER)}
 
 
 def kind_of(folder: Path) -> FolderKind | None:
@@ -119,7 +129,8 @@ class FolderManifest(BaseModel):
             manifest = cls.model_validate(values)
         except ValidationError as error:
             raise CheckpointError(f"{path} is not valid: {first_fault(error)}; {cls.kind.remedy}.") from error
-        outside = [name for name in manifest.files if not is_plain_name(name)]
+        lies_inside = is_inside if cls.kind.has_folders else is_plain_name
+        outside = [name for name in manifest.files if not lies_inside(name)]
         if outside:
             raise CheckpointError(f"{path} names a file outside its folder, {readable(outside[0])}; do not use it.")
         return manifest

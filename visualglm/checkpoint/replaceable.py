@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from visualglm.checkpoint.files import read_json_object, readable
 from visualglm.checkpoint.foreign_config import HF_CONFIG, SAT_CONFIG
@@ -70,7 +70,15 @@ def _format_of(folder: Path) -> Callable[[Path], bool]:
 
 def _listed_in(manifest_type: type[FolderManifest], folder: Path) -> Callable[[Path], bool]:
     names = {*manifest_type.from_file(folder / MANIFEST).files, MANIFEST, "tokenizer.model"}
-    return lambda path: path.name in names and _is_file(path)
+    folders = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
+
+    def belongs(path: Path) -> bool:
+        name = path.relative_to(folder).as_posix()
+        if _is_file(path):
+            return name in names
+        return name in folders and all(map(belongs, path.iterdir()))
+
+    return belongs
 
 
 def _is_hf(folder: Path) -> bool:

@@ -17,11 +17,17 @@ from visualglm.checkpoint.foreign_config import HF_CONFIG, SAT_CONFIG
 from visualglm.checkpoint.hf import read_hf
 from visualglm.checkpoint.instead import is_adapter, kind_instead, no_manifest, require_model_folder
 from visualglm.checkpoint.listed_files import require_size
-from visualglm.checkpoint.lite_dir import GRAPHS, LiteDirectory, LiteManifest, is_lite_directory, open_lite_directory
+from visualglm.checkpoint.lite_dir import LiteDirectory, LiteManifest, is_lite_directory, open_lite_directory
 from visualglm.checkpoint.lite_graphs import require_as_told
-from visualglm.checkpoint.manifest import MANIFEST, MODEL, FolderManifest, Manifest
+from visualglm.checkpoint.manifest import MANIFEST, MODEL, FileRecord, FolderKind, FolderManifest, Manifest
 from visualglm.checkpoint.mindformers import read_mindformers
 from visualglm.checkpoint.mindformers_keys import GLM
+from visualglm.checkpoint.mindir_dir import (
+    MindirDirectory,
+    MindirManifest,
+    is_mindir_directory,
+    open_mindir_directory,
+)
 from visualglm.checkpoint.model_dir import CONFIG, TOKENIZER, open_model_directory, read_weights
 from visualglm.checkpoint.progress import ByteProgress
 from visualglm.checkpoint.sat import read_sat
@@ -61,7 +67,7 @@ def check(
     if read_foreign:
         _check_foreign(path, read_foreign, findings)
     else:
-        check_folder = _check_lite_directory if is_lite_directory(path) else _check_model_directory
+        check_folder = next((check for is_one, check in _EXPORTS if is_one(path)), _check_model_directory)
         check_folder(path, findings, Messages(quiet))
     _conclude(findings)
 
@@ -133,7 +139,25 @@ def _check_model_directory(path: Path, findings: Findings, messages: Messages) -
 
 
 def _check_lite_directory(path: Path, findings: Findings, messages: Messages) -> None:
-    _check_manifest(path, LiteManifest, lambda manifest: f"ONNX export, {manifest.title}", findings, messages)
+    _check_export(path, LiteManifest, _open_lite, findings, messages)
+
+
+def _check_mindir_directory(path: Path, findings: Findings, messages: Messages) -> None:
+    _check_export(path, MindirManifest, open_mindir_directory, findings, messages)
+
+
+_EXPORTS = ((is_lite_directory, _check_lite_directory), (is_mindir_directory, _check_mindir_directory))
+
+
+def _check_export(
+    path: Path,
+    manifest_type: type[LiteManifest] | type[MindirManifest],
+    open_export: Callable[[Path], LiteDirectory | MindirDirectory],
+    findings: Findings,
+    messages: Messages,
+) -> None:
+    kind = manifest_type.kind.name
+    _check_manifest(path, manifest_type, lambda manifest: f"{kind}, {manifest.title}", findings, messages)
     config = _check_config(path, findings)
     if config is None:
         return
@@ -141,9 +165,14 @@ def _check_lite_directory(path: Path, findings: Findings, messages: Messages) ->
     if findings.is_bad:
         findings.add(NEITHER, "graphs", "not looked at, since what is above is wrong")
         return
-    opened = findings.attempt("graphs", partial(_open_lite, path), lambda _: f"{len(GRAPHS)}, as the manifest tells")
+    opened = findings.attempt("graphs", lambda: open_export(path), _describe_graphs)
     if opened:
         _check_memory("memory", opened.memory, findings)
+
+
+def _describe_graphs(directory: LiteDirectory | MindirDirectory) -> str:
+    graphs = [name for name in directory.manifest.files if name.endswith((".onnx", ".mindir"))]
+    return f"{len(graphs)}, as the manifest tells"
 
 
 def _open_lite(path: Path) -> LiteDirectory:
@@ -181,14 +210,15 @@ def _check_manifest(
     files = manifest.files
     with messages.byte_progress("hashing") as report:
         progress = ByteProgress(sum(record.size for record in files.values()), report)
-        faults = progress.run(partial(_file_fault, path / name, manifest, progress) for name in files)
+        faults = progress.run(
+            partial(_file_fault, path / name, manifest.kind, record, progress) for name, record in files.items()
+        )
     for (name, record), fault in zip(files.items(), faults, strict=True):
         findings.add(BAD if fault else GOOD, name, fault or f"{record.size:,} bytes, hash as written")
 
 
-def _file_fault(path: Path, manifest: FolderManifest, progress: ByteProgress) -> str | None:
+def _file_fault(path: Path, kind: FolderKind, record: FileRecord, progress: ByteProgress) -> str | None:
     """What is wrong with a file, if something is."""
-    record, kind = manifest.files[path.name], manifest.kind
     try:
         require_size(path, record, kind)
         if hash_pieces(progress.track(file_pieces(path))) != record.sha256:

@@ -17,12 +17,13 @@ from visualglm import __version__
 from visualglm.checkpoint.adapter_dir import AdapterDirectory, open_adapter
 from visualglm.checkpoint.files import readable
 from visualglm.checkpoint.instead import is_adapter
-from visualglm.checkpoint.lite_dir import LiteDirectory, is_lite_directory, open_lite_directory
+from visualglm.checkpoint.lite_dir import LiteDirectory
+from visualglm.checkpoint.mindir_dir import MindirDirectory
 from visualglm.checkpoint.model_dir import ModelDirectory, license_of, open_model_directory
 from visualglm.cli.adapters import adapter_facts
 from visualglm.cli.messages import print_table
 from visualglm.config import VisualGLMConfig
-from visualglm.loading import BUILTIN_NOTICE, builtin_path
+from visualglm.loading import BUILTIN_NOTICE, builtin_path, open_export
 from visualglm.memory import available_memory, gib
 from visualglm.parameters import parameter_count, parameter_shapes
 
@@ -44,7 +45,7 @@ def info(
     if is_adapter(path):
         print_table(_adapter(open_adapter(path)))
         return
-    directory = open_lite_directory(path) if is_lite_directory(path) else open_model_directory(path)
+    directory = open_export(path) or open_model_directory(path)
     print_table(_folder(directory, is_builtin=model is None))
     print()
     print_table(_parts(directory.config), header=("part", "layers", "width", "heads", "MLP", "parameters", "other"))
@@ -105,14 +106,14 @@ def _mindspore() -> list[Row]:
     return [("mindspore", found + added if found == _MISSING else found)]
 
 
-def _folder(directory: ModelDirectory | LiteDirectory, *, is_builtin: bool) -> list[Row]:
+def _folder(directory: ModelDirectory | LiteDirectory | MindirDirectory, *, is_builtin: bool) -> list[Row]:
     config, tokenizer = directory.config, directory.tokenizer_path
     merged = directory.manifest.source.merged or ()
     license_text = (license_of(directory.path) or "").strip() or "none is given"
     return [
         ("model", str(directory.path)),
         *([("", BUILTIN_NOTICE)] if is_builtin else []),
-        *(_export(directory) if isinstance(directory, LiteDirectory) else _model(directory)),
+        *(_model(directory) if isinstance(directory, ModelDirectory) else _export(directory)),
         ("tokenizer", "none: it cannot be asked" if tokenizer is None else tokenizer.name),
         ("window", f"{config.text.max_sequence_length:,} tokens, {config.text.vocab_size:,} ids"),
         ("source", directory.manifest.source.format),
@@ -129,11 +130,11 @@ def _model(directory: ModelDirectory) -> list[Row]:
     ]
 
 
-def _export(directory: LiteDirectory) -> list[Row]:
+def _export(directory: LiteDirectory | MindirDirectory) -> list[Row]:
     manifest = directory.manifest
     return [
         ("parameters", f"{manifest.parameter_count:,}, {gib(directory.weights_bytes)}"),
-        ("ONNX export", manifest.title),
+        (manifest.kind.name, manifest.title),
         ("memory", directory.memory.beside(available_memory())),
         ("fingerprint", f"{manifest.model_fingerprint}, of the model it was made from"),
     ]
