@@ -57,6 +57,9 @@ class Recorder:
         self.titles.append(title)
         return nullcontext(lambda done, total: None)
 
+    def byte_progress(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        return self.row_progress(title)
+
     def noted_progress(self, title: str) -> AbstractContextManager[Callable[[int, int, str], None]]:
         return nullcontext(self._step)
 
@@ -168,7 +171,8 @@ def test_a_resumed_run_is_bit_equal_to_one_never_stopped(tmp_path: Path, recipe:
 
 def test_before_the_first_step_it_is_told_what_is_trained_and_what_it_takes(tmp_path: Path, recipe: Make) -> None:
     recorder = Recorder()
-    finetune(recipe(run__steps=2, tune__lora_rank=3), tmp_path / "out", device="cpu", ui=recorder)
+    qlora = {"tune__methods": ("qlora",), "tune__base_bits": 8}
+    finetune(recipe(run__steps=2, tune__lora_rank=3, **qlora), tmp_path / "out", device="cpu", ui=recorder)
     width = 32
     parameters = 2 * 3 * ((width + 3 * width) + (width + width))
     assert recorder.tables == [
@@ -177,6 +181,7 @@ def test_before_the_first_step_it_is_told_what_is_trained_and_what_it_takes(tmp_
             ("LoRA on qkv, proj (rank 3, alpha 128)", "0, 1", f"{parameters:,}"),
         ]
     ]
+    assert recorder.titles[-1] == "loading the model in 8 bits"
     told = "\n".join(recorder.notes)
     assert f"{parameters:,} parameters are trained, " in told
     assert "Memory: " in told
@@ -221,8 +226,8 @@ def test_images_are_encoded_once_for_all_runs(tmp_path: Path, recipe: Make, monk
     finetune(recipe(run__steps=2), tmp_path / "1", device="cpu", ui=first)
     finetune(recipe(run__steps=2), tmp_path / "2", device="cpu", ui=second)
     finetune(recipe(run__steps=2, data__cache_images=False), tmp_path / "3", device="cpu", ui=third)
-    assert first.titles == ["checking rows", "encoding images"]
-    assert second.titles == third.titles == ["checking rows"]
+    assert first.titles == ["checking rows", "encoding images", "loading the model"]
+    assert second.titles == third.titles == ["checking rows", "loading the model"]
     # Computed from what is read back, and not: the same, since it is kept in float32.
     assert log(tmp_path / "3")[1]["losses"]["loss"] == pytest.approx(log(tmp_path / "2")[1]["losses"]["loss"], abs=1e-5)
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from threading import Lock
 from typing import TypeVar
 
-from visualglm.checkpoint.tensors import Piece
+from visualglm.checkpoint.tensors import Piece, Tensor, tensor_bytes
 
 Report = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all, from any thread but never from two at once."""
 
 T = TypeVar("T")
+TensorT = TypeVar("TensorT", bound=Tensor)
 
 # Hashing sets the pace (0.3 GB/s a core without SHA instructions), so that files are handled side by side.
 THREADS = 4
+
+
+def each_reported(tensors: Mapping[str, TensorT], report: Report | None) -> Iterator[tuple[str, TensorT]]:
+    """Names and tensors, to be dealt with one by one; how far that has come is reported."""
+    progress = ByteProgress(sum(map(tensor_bytes, tensors.values())), report)
+    for name, tensor in tensors.items():
+        yield name, tensor
+        progress.add(tensor_bytes(tensor))
 
 
 class _StoppedError(Exception):
@@ -36,7 +45,7 @@ class ByteProgress:
         """Pass `pieces` through, counting each when it has been dealt with."""
         for piece in pieces:
             yield piece
-            self._add(len(piece))
+            self.add(len(piece))
 
     def run(self, tasks: Iterable[Callable[[], T]]) -> list[T]:
         """Results of `tasks`, which run in threads; the first failure, or Ctrl-C, stops the others."""
@@ -52,7 +61,8 @@ class ByteProgress:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _add(self, count: int) -> None:
+    def add(self, count: int) -> None:
+        """So many bytes more have been dealt with."""
         with self._lock:
             if self._stopped:
                 raise _StoppedError

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from visualglm.backends.mindspore.environment import prepare_mindspore
 from visualglm.checkpoint.model_dir import ModelDirectory
+from visualglm.checkpoint.progress import Report
 from visualglm.config import DType, VisualGLMConfig
 from visualglm.training.batches import Batch, ReadAhead
 from visualglm.training.image_cache import Encode
@@ -112,7 +113,9 @@ class TrainingEngine(Protocol):
     def image_encoder(self, directory: ModelDirectory, recipe: FinetuneRecipe) -> Encode:
         """ViT and Q-Former of a model, without its decoder."""
 
-    def load(self, directory: ModelDirectory, recipe: FinetuneRecipe, *, with_encoder: bool) -> Tuned:
+    def load(
+        self, directory: ModelDirectory, recipe: FinetuneRecipe, *, with_encoder: bool, report: Report | None = None
+    ) -> Tuned:
         """The model, ready to be trained; without its ViT and Q-Former it takes embeddings of images only."""
 
     def scalar_writer(self, folder: Path, first_step: int) -> ScalarWriter | None:

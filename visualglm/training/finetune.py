@@ -52,6 +52,8 @@ class RunUI(Protocol):
 
     def show_table(self, rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None: ...
 
+    def byte_progress(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]: ...
+
     def row_progress(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]: ...
 
     def noted_progress(self, title: str) -> AbstractContextManager[Callable[[int, int, str], None]]: ...
@@ -65,6 +67,9 @@ class Silent:
 
     def show_table(self, rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
         pass
+
+    def byte_progress(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        return nullcontext(lambda done, total: None)
 
     def row_progress(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
         return nullcontext(lambda done, total: None)
@@ -169,7 +174,7 @@ class _Run:
         with self._held_folder():
             self.processes.first_does(lambda: self.folder.begin(self.recipe))
             data = self._data(planned)
-            tuned = self.engine.load(self.base.directory, self.recipe, with_encoder=with_encoder)
+            tuned = self._load(with_encoder)
             self._show(tuned, memory, data)
             trainer = self._trainer(tuned, data, planned.longest, fingerprint)
             if trainer.resume():
@@ -243,6 +248,13 @@ class _Run:
         encode = self.engine.image_encoder(self.base.directory, self.recipe)
         with self.ui.row_progress("encoding images") as report:
             cache.fill(missing, encode, report=report)
+
+    def _load(self, with_encoder: bool) -> Tuned:
+        """At the released size this takes minutes where the decoder is quantised."""
+        tune = self.recipe.tune
+        bits = f" in {tune.base_bits} bits" if "qlora" in tune.methods else ""
+        with self.ui.byte_progress(f"loading the model{bits}") as report:
+            return self.engine.load(self.base.directory, self.recipe, with_encoder=with_encoder, report=report)
 
     def _show(self, tuned: Tuned, memory: tuple[TrainingMemory, int], data: RunData) -> None:
         """What is trained and what it takes, before the first step."""

@@ -9,6 +9,7 @@ import torch
 from tests.training.torch.test_trainable import batch_of, gradients
 from visualglm.backends.torch.quantized_linear import QuantizedLinear
 from visualglm.checkpoint.model_dir import ModelDirectory, open_model_directory
+from visualglm.checkpoint.tensors import tensor_bytes
 from visualglm.config import VisualGLMConfig
 from visualglm.errors import DeviceError
 from visualglm.training.recipe import DataRecipe, FinetuneRecipe, RunRecipe, TuneRecipe
@@ -91,6 +92,15 @@ def test_a_base_in_whole_numbers(directory: ModelDirectory, bits: int, bound: fl
     assert all(
         float((found[name] - gradient).norm()) <= bound * float(gradient.norm()) for name, gradient in expected.items()
     )
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_how_far_loading_has_come_is_reported(directory: ModelDirectory, method: str) -> None:
+    seen: list[tuple[int, int]] = []
+    load_for_training(directory, recipe_of(method), CPU, ("text",), lambda *pair: seen.append(pair))
+    sizes = [tensor_bytes(tensor) for name, tensor in directory.tensors.items() if name.startswith("text.")]
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen}) and len(seen) == len(sizes)
+    assert seen[-1] == (sum(sizes), sum(sizes)) and {total for _, total in seen} == {sum(sizes)}
 
 
 def test_what_is_left_out_takes_no_memory(directory: ModelDirectory) -> None:

@@ -16,6 +16,7 @@ from visualglm.backends.base import ImageEmbeds
 from visualglm.backends.mindspore.joined import VisualGLMModel
 from visualglm.backends.mindspore.load import CPU, choose_dtype, find_device, mapped_tensor, use_device
 from visualglm.checkpoint.model_dir import ModelDirectory
+from visualglm.checkpoint.progress import Report, each_reported
 from visualglm.config import DType, VisualGLMConfig
 from visualglm.errors import ConfigError
 from visualglm.memory import available_memory
@@ -76,9 +77,11 @@ class MindSporeEngine:
 
         return encode
 
-    def load(self, directory: ModelDirectory, recipe: FinetuneRecipe, *, with_encoder: bool) -> MindSporeTuned:
+    def load(
+        self, directory: ModelDirectory, recipe: FinetuneRecipe, *, with_encoder: bool, report: Report | None = None
+    ) -> MindSporeTuned:
         dtype = self.precision(recipe, directory.config)
-        model = _load(directory, dtype, _ALL_PARTS if with_encoder else _TEXT_PARTS)
+        model = _load(directory, dtype, _ALL_PARTS if with_encoder else _TEXT_PARTS, report)
         pairs = add_lora(model, recipe.tune, recipe.run.seed)
         for layer in model.text.layers if recipe.run.activation_checkpointing else ():
             layer.recompute()
@@ -133,7 +136,9 @@ class MindSporeTuned:
         return Adapter(lora_settings(self._recipe.tune, self.model.config.text), self.pairs.stored())
 
 
-def _load(directory: ModelDirectory, dtype: DType, parts: Collection[str]) -> VisualGLMModel:
+def _load(
+    directory: ModelDirectory, dtype: DType, parts: Collection[str], report: Report | None = None
+) -> VisualGLMModel:
     """The model of `directory`; what of it is not in `parts` takes no memory."""
     with no_init_parameters():
         model = VisualGLMModel(directory.config)
@@ -141,7 +146,8 @@ def _load(directory: ModelDirectory, dtype: DType, parts: Collection[str]) -> Vi
         if part not in parts:
             delattr(model, part)
     own = getattr(ms, dtype)
-    for name, parameter in model.parameters_and_names():
-        parameter.set_dtype(own)
-        parameter.set_data(mapped_tensor(directory.tensors[name]).astype(own))
+    parameters = dict(model.parameters_and_names())
+    for name, stored in each_reported({name: directory.tensors[name] for name in parameters}, report):
+        parameters[name].set_dtype(own)
+        parameters[name].set_data(mapped_tensor(stored).astype(own))
     return model.set_train(False)

@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from visualglm.backends.base import ImageEmbeds
 from visualglm.backends.torch.load import memory_of
 from visualglm.checkpoint.model_dir import ModelDirectory
+from visualglm.checkpoint.progress import Report
 from visualglm.config import DType, VisualGLMConfig
 from visualglm.training.batches import Batch, ReadAhead
 from visualglm.training.engine import Adapter, ScalarWriter
@@ -62,11 +63,13 @@ class TorchEngine:
 
         return encode
 
-    def load(self, directory: ModelDirectory, recipe: FinetuneRecipe, *, with_encoder: bool) -> TorchTuned:
+    def load(
+        self, directory: ModelDirectory, recipe: FinetuneRecipe, *, with_encoder: bool, report: Report | None = None
+    ) -> TorchTuned:
         parts: tuple[Part, ...] = ALL_PARTS if with_encoder else ("text",)
         dtype = self.precision(recipe, directory.config)
         trainable = make_trainable(
-            load_for_training(directory, recipe, self.processes.device, parts),
+            load_for_training(directory, recipe, self.processes.device, parts, report),
             recipe.tune,
             recipe.run.seed,
             dtype=dtype,

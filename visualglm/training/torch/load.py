@@ -16,6 +16,7 @@ from visualglm.backends.torch.load import choose_dtype, mapped_tensor
 from visualglm.backends.torch.quantized_linear import Bits, QuantizedLinear
 from visualglm.checkpoint.contents import Checkpoint
 from visualglm.checkpoint.model_dir import ModelDirectory
+from visualglm.checkpoint.progress import Report, each_reported
 from visualglm.checkpoint.tensors import Tensor as StoredTensor
 from visualglm.config import DType, VisualGLMConfig
 from visualglm.export.quantize import quantize_blocks
@@ -34,6 +35,7 @@ def load_for_training(
     recipe: FinetuneRecipe,
     device: torch.device,
     parts: Collection[Part] = ALL_PARTS,
+    report: Report | None = None,
 ) -> VisualGLMModel:
     """The model of `directory` on `device`, ready for `make_trainable`.
 
@@ -51,13 +53,12 @@ def load_for_training(
             delattr(model, module)
     dtype, whole = training_dtype(recipe.run.precision, directory.config, device), whole_parts(recipe.tune)
     state = {}
-    for name in list(model.state_dict()):
+    for name, stored in each_reported({name: directory.tensors[name] for name in model.state_dict()}, report):
         if is_quantized(name, recipe.tune):
-            _quantize(model, name.removesuffix(".weight"), directory.tensors[name], recipe.tune.base_bits, device)
+            _quantize(model, name.removesuffix(".weight"), stored, recipe.tune.base_bits, device)
         else:
             precision = "float32" if name.split(".")[0] in whole else dtype
-            tensor = mapped_tensor(directory.tensors[name])
-            state[name] = tensor.to(device=device, dtype=getattr(torch, precision))
+            state[name] = mapped_tensor(stored).to(device=device, dtype=getattr(torch, precision))
     # Not strict: the layers that were quantised have their weights, under other names.
     model.load_state_dict(state, strict=False, assign=True)
     if "text" in parts:
