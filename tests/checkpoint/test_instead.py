@@ -52,7 +52,7 @@ def test_checkpoints_to_be_converted(format: str, tiny_model_dir: Path, tmp_path
     [
         ("visualglm_6b.ckpt", b"x", "a checkpoint of MindSpore", "give the folder with visualglm_vit.ckpt"),
         ("decoder.onnx", b"x", "an ONNX graph without the manifest of an export", "export the model with `visualglm"),
-        ("full.mindir", b"x", "a graph for MindSpore, which cannot be run here", "export the model with `visualglm"),
+        ("full.mindir", b"x", "a MindIR graph without the manifest of an export", "give the folder that `visualglm"),
         ("q4_0.gguf", GGUF, "a model for llama.cpp or chatglm.cpp, which cannot", "convert the SAT archive"),
         ("chatglm.bin", b"ggml", "a model for llama.cpp or chatglm.cpp, which cannot", "convert the SAT archive"),
         ("visualglm-6b.zip", b"PK", "a packed archive", "unpack it, and give the folder that comes out."),

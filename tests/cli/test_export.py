@@ -71,6 +71,21 @@ def test_an_export_on_first_use_is_told_once(
             ["MODEL", "OUT", "--calibration", "no.jsonl", "--evaluate", "0"],
             "is done with the rows of no.jsonl: only gptq",
         ),
+        (["MODEL", "OUT", "--seq-length", "64"], "--seq-length is for --format mindir, and the format is onnx; leave"),
+        (
+            ["MODEL", "OUT", "--batch-size", "2"],
+            "--batch-size is for --format mindir, and the format is onnx; leave it",
+        ),
+        (["MODEL", "OUT", "--format", "mindir", "--method", "rtn"], "--method is for --format onnx, and the format is"),
+        (["MODEL", "OUT", "--format", "mindir", "--evaluate", "0"], "--evaluate is for --format onnx, and the format"),
+        (
+            ["MODEL", "OUT", "--format", "mindir", "--precision", "int8"],
+            "MindIR exports have no int8; give --precision",
+        ),
+        (
+            ["MODEL", "OUT", "--format", "mindir"],
+            "An export as MindIR needs MindSpore 2.10, which is not installed; run",
+        ),
     ],
 )
 def test_what_cannot_be_exported(

@@ -206,6 +206,21 @@ def check(cache: str, folder: Path, scenes: int) -> None:
     assert len(found) > 5 * scenes and found == expected
 
 
+def test_evaluate_and_bench(builtin: Path, tmp_path: Path):
+    expected = visualglm.load(backend="torch", device="cpu").ask(EXAMPLES / "stop.png", QUESTION)
+    rows = tmp_path / "rows.jsonl"
+    row = {"image": str(EXAMPLES / "stop.png"), "prompt": QUESTION, "label": expected}
+    rows.write_text(json.dumps(row) + "\n", "utf-8")
+    results = []
+    for name, chosen in (("mindir", ("--model", builtin)), ("torch", ("--backend", "torch"))):
+        outcome = run("evaluate", "-q", *chosen, rows, "--output", tmp_path / name)
+        assert outcome.code == 0, outcome
+        results.append(json.loads((tmp_path / name).read_text("utf-8").splitlines()[0]))
+    assert results[0]["answer"] == results[1]["answer"] == expected
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], abs=1e-5)
+    assert "runs in one shape only, and the benchmark has several; measure" in run("bench", "-q", builtin).error
+
+
 def test_check_and_info(builtin: Path, tmp_path: Path):
     outcome = run("check", "-q", builtin)
     assert outcome.code == 0 and "MindIR export, fp32, 2 rows of 128 tokens" in outcome.out, outcome

@@ -20,7 +20,10 @@ _WHOLE_FOLDER = "give the folder in which it lies beside its configuration"
 # What files are, by the ends of their names or their first bytes, and what to do in their place.
 _FILES = {
     ".onnx": ("an ONNX graph without the manifest of an export", "export the model with `visualglm export`"),
-    ".mindir": ("a graph for MindSpore, which cannot be run here", "export the model with `visualglm export`"),
+    ".mindir": (
+        "a MindIR graph without the manifest of an export",
+        "give the folder that `visualglm export --format mindir` has made",
+    ),
     ".ckpt": (
         "a checkpoint of MindSpore",
         f"give the folder with {VIT}, {QFORMER} and {GLM} to `visualglm convert`, or a file of LoRA with --base MODEL",

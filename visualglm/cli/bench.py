@@ -24,6 +24,7 @@ from visualglm.bandwidth import seconds_of
 from visualglm.benchmark import Figure, Plan, Result, measure_model
 from visualglm.checkpoint.files import replace_file
 from visualglm.checkpoint.lite_dir import LiteDirectory, Precision, open_lite_directory
+from visualglm.checkpoint.mindir_dir import MindirDirectory
 from visualglm.checkpoint.model_dir import ModelDirectory
 from visualglm.cli.loading import choose_model
 from visualglm.cli.messages import Messages, print_table
@@ -72,6 +73,11 @@ def bench(
     else:
         found = nullcontext(choose_model(replace(options, model=model), messages))
     with found as choice:
+        if isinstance(choice.directory, MindirDirectory):
+            raise ConfigError(
+                f"{choice.name} runs in one shape only, and the benchmark has several; "
+                "measure the model directory with --backend mindspore."
+            )
         result = measure_model(choice, Plan(repeats=repeats), threads=threads, tell=messages.tell)
     messages.tell("the program itself")
     result = replace(result, figures=(*result.figures, *_program_figures(repeats)))

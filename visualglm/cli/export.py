@@ -182,7 +182,7 @@ def _to_mindir(
 ) -> MindirDirectory:
     if precision == "int4" or precision == "int8":
         raise ConfigError(f"MindIR exports have no {precision}; give --precision fp32, or fp16 for Ascend.")
-    prepare_mindspore()
+    prepare_mindspore("An export as MindIR")
     from visualglm.export.mindir import MindirOptions, export_mindir
 
     options = MindirOptions(precision, shape.seq_length, shape.batch_size or 1, use_past)

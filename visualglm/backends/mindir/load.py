@@ -31,7 +31,7 @@ class _Runtime(Protocol):
 def prepare_mindir() -> None:
     """Raises `DeviceError` if nothing is installed that runs MindIR."""
     if find_spec(_LITE) is None:
-        prepare_mindspore()
+        prepare_mindspore("An export as MindIR")
 
 
 def load_mindir_backend(directory: MindirDirectory, device: str = "auto", threads: int | None = None) -> MindirBackend:

@@ -12,14 +12,14 @@ _LOG_LEVEL = "GLOG_v"
 _ERRORS_ONLY = "3"
 
 
-def prepare_mindspore() -> None:
-    """Raises `DeviceError` if MindSpore cannot be imported here.
+def prepare_mindspore(what: str = "The mindspore backend") -> None:
+    """Raises `DeviceError`, which says that `what` needs it, if MindSpore cannot be imported here.
 
     Its warnings, which are about what users cannot change, are left out unless GLOG_v asks for them.
     """
     if find_spec("mindspore") is None:
         raise DeviceError(
-            "The mindspore backend needs MindSpore 2.10, which is not installed; run "
+            f"{what} needs MindSpore 2.10, which is not installed; run "
             "`pip install 'visualglm[mindspore]'` in an environment of its own, since it needs numpy below 2."
         )
     found = version("numpy")
