@@ -1,16 +1,20 @@
 """The loss of answers: the original's figure, and the same whatever shares a batch."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import visualglm
+from visualglm.backends.base import ImageEmbeds
 from visualglm.checkpoint.convert import convert
 from visualglm.evaluation import loss as loss_module
 from visualglm.evaluation.loss import answer_losses
 from visualglm.model import VisualGLM
+from visualglm.processing.layout import Layout
 from visualglm.training.examples import IGNORED_LABEL, Example
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
@@ -62,6 +66,24 @@ def test_a_batch_loses_what_its_rows_lose_alone(tiny_model_dir: Path, monkeypatc
         log_probabilities = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         places = np.flatnonzero(example.labels != IGNORED_LABEL)
         assert total == pytest.approx(-log_probabilities[places - 1, example.labels[places]].sum(), abs=1e-4)
-    monkeypatch.setattr(loss_module, "_LOGITS_BYTES", 1)
-    assert np.allclose(answer_losses(model.backend, examples, embeds), alone, atol=1e-4)
     assert answer_losses(model.backend, [], []) == []
+
+
+def test_rows_share_a_pass_as_far_as_their_logits_have_room(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    model = visualglm.load(tiny_model_dir, dtype="float32")
+    examples = examples_of(model)[::2]
+    together, passes = answer_losses(model.backend, examples, [None] * 3), []
+    compute = model.backend.logits
+
+    def counted(layout: Layout, images: Sequence[ImageEmbeds]) -> NDArray[np.float32]:
+        passes.append((layout.batch_size, compute(layout, images).nbytes))
+        return compute(layout, images)
+
+    monkeypatch.setattr(model.backend, "logits", counted)
+    longest = 4 * model.config.text.vocab_size * max(len(example.input_ids) for example in examples)
+    for room, rows in ((3 * longest, [3]), (3 * longest - 1, [2, 1]), (1, [1, 1, 1])):
+        passes.clear()
+        monkeypatch.setattr(loss_module, "_LOGITS_BYTES", room)
+        assert np.allclose(answer_losses(model.backend, examples, [None] * 3), together, atol=1e-4)
+        assert [count for count, _ in passes] == rows
+        assert room == 1 or max(size for _, size in passes) <= room
