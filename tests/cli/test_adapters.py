@@ -188,6 +188,9 @@ def test_lora_of_the_hugging_face_model(invoke: Invoke, tiny_model_dir: Path, ad
     ask = ("ask", QUESTION, "-m", tiny_model_dir, "--backend", "torch", *SHORT, "--adapter")
     assert invoke(*ask, tmp_path / "ours").out == invoke(*ask, adapters / "rain").out
     assert "give that with --base MODEL" in invoke("convert", theirs, tmp_path / "blind").error
+    file = theirs / "adapter_model.safetensors"
+    error = invoke("convert", file, tmp_path / "blind", "--base", tiny_model_dir).error
+    assert f"is a file; give the folder that it lies in, {theirs}." in error
 
 
 def test_check_and_info(invoke: Invoke, adapters: Path, tmp_path: Path):

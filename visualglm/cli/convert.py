@@ -14,6 +14,7 @@ from visualglm.checkpoint.convert import Conversion, Format
 from visualglm.checkpoint.convert import convert as convert_checkpoint
 from visualglm.checkpoint.files import checked_path
 from visualglm.checkpoint.hf_lora import convert_hf_adapter, holds_hf_adapter, told_hf_base
+from visualglm.checkpoint.instead import require_model_folder
 from visualglm.checkpoint.mindformers_lora import (
     RECIPE_ALPHA,
     convert_mindformers_adapter,
@@ -98,6 +99,7 @@ def convert(
         _convert_adapter(adapters, source, output, base, force, messages)
         return
     if base:
+        require_model_folder(checked_path(source))
         raise ConfigError(f"{source} holds no LoRA of another program, which is what --base is for; leave it out.")
     with messages.byte_progress("converting") as report:
         done = convert_checkpoint(source, output, to=to, tokenizer=tokenizer, force=force, report=report)
