@@ -107,3 +107,20 @@ def test_a_state_that_is_none_is_named(tmp_path: Path, content: bytes) -> None:
     (path / "state.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"step-00000002 is damaged .* remove it to resume from an older one"):
         load_checkpoint(path)
+
+
+def test_a_file_of_another_checkpoint_or_with_another_bit_is_named(tmp_path: Path) -> None:
+    first, second = (
+        save_checkpoint(tmp_path, TrainingState(step, {"model": {"w": np.full(100, float(step))}}, {}))
+        for step in (1, 2)
+    )
+    file = second / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes((first / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"step-00000002 is damaged \(model.safetensors is not what"):
+        load_checkpoint(second)
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="is not what the run wrote"):
+        load_checkpoint(second)
+    file.write_bytes(content)
+    assert load_checkpoint(second).tensors["model"]["w"][0] == 2.0

@@ -335,3 +335,11 @@ def test_what_is_wrong_is_told_before_anything_is_written(tmp_path: Path, recipe
     with pytest.raises(TokenizerError, match=r"has no tokenizer\.model, so it cannot learn words"):
         finetune(recipe(model=mute), tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_diverges_leaves_no_adapter(tmp_path: Path, recipe: Make) -> None:
+    diverging = recipe(optimizer__learning_rate=1e30)
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match=r"The training has diverged: .* is nan, so no adapter was written"):
+            finetune(diverging, tmp_path / "run", resume=resume)
+        assert not (tmp_path / "run/adapter").exists() and (tmp_path / "run/log.jsonl").is_file()

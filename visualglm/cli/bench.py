@@ -143,7 +143,7 @@ def _program_figures(repeats: int) -> list[Figure]:
 
 
 def _command_seconds(arguments: Sequence[str]) -> float:
-    command = [sys.executable, "-m", "visualglm.cli", *arguments]
+    command = [sys.executable, "-P", "-m", "visualglm.cli", *arguments]
     return seconds_of(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True))
 
 

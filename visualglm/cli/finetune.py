@@ -213,6 +213,6 @@ def _launch(recipe: FinetuneRecipe, count: int, options: Sequence[str]) -> None:
     with TemporaryDirectory(prefix="visualglm-") as folder:
         path = Path(folder, RECIPE_NAME)
         path.write_text(recipe_to_yaml(recipe), "utf-8")
-        code = launch(["-m", "visualglm.cli", "finetune", str(path), *options], count)
+        code = launch(["-P", "-m", "visualglm.cli", "finetune", str(path), *options], count)
     if code:
         raise Exit(code)

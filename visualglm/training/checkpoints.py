@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from visualglm.checkpoint.files import file_pieces, hash_pieces
 from visualglm.errors import CheckpointError
 
 _NAME = re.compile(r"step-(\d{8})")
@@ -80,28 +81,22 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 def read_values(path: Path) -> dict[str, Any]:
     """The values of a checkpoint, and its `step`; raises `CheckpointError` if it is damaged."""
-    try:
-        values = json.loads((path / _STATE).read_text("utf-8"))
-        missing = [name for name in values.pop("files") if not (path / name).is_file()]
-        if missing:
-            raise ValueError(f"{missing[0]} is missing")
-        return {**values, "step": int(values["step"])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, error) from error
+    values, _ = _read_state(path)
+    return values
 
 
 def load_checkpoint(path: Path, rank: int = 0) -> TrainingState:
     """Read one checkpoint, as the process `rank` needs it. Raises `CheckpointError` if a file is damaged."""
-    values = read_values(path)
+    values, hashes = _read_state(path)
     tensors: dict[str, Mapping[str, NDArray[Any]]] = {}
     own: dict[str, Mapping[str, NDArray[Any]]] = {}
     try:
         for file in sorted(path.glob("*.safetensors")):
             belongs = _OWN.fullmatch(file.stem)
             if belongs is None:
-                tensors[file.stem] = load_file(file)
+                tensors[file.stem] = _read(file, hashes)
             elif int(belongs[2]) == rank:
-                own[belongs[1]] = load_file(file)
+                own[belongs[1]] = _read(file, hashes)
     except (OSError, ValueError, SafetensorError) as error:
         raise _damaged(path, error) from error
     return TrainingState(values.pop("step"), tensors, values, own)
@@ -112,8 +107,29 @@ def _write(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
     _sync(path)
 
 
+def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values, and the SHA-256 of each file by its name."""
+    try:
+        values = json.loads((path / _STATE).read_text("utf-8"))
+        hashes = dict(values.pop("files").items())
+        missing = [name for name in hashes if not (path / name).is_file()]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
+        return {**values, "step": int(values["step"])}, hashes
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read(path: Path, hashes: Mapping[str, str]) -> Mapping[str, NDArray[Any]]:
+    """Two bits that are others would go unseen, and change what is learnt."""
+    if hash_pieces(file_pieces(path)) != hashes.get(path.name):
+        raise ValueError(f"{path.name} is not what the run wrote")
+    tensors: Mapping[str, NDArray[Any]] = load_file(path)
+    return tensors
+
+
 def _finish(beside: Path, final: Path, state: TrainingState) -> None:
-    files = sorted(path.name for path in beside.iterdir())
+    files = {path.name: hash_pieces(file_pieces(path)) for path in sorted(beside.iterdir())}
     state_file = beside / _STATE
     state_file.write_text(json.dumps({"step": state.step, "files": files, **state.values}), "utf-8")
     _sync(state_file)

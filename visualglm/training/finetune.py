@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import isfinite
@@ -15,7 +15,7 @@ from visualglm.checkpoint.files import locked_folder
 from visualglm.checkpoint.instead import is_adapter
 from visualglm.checkpoint.manifest import Source
 from visualglm.checkpoint.model_dir import ModelDirectory, open_model_directory
-from visualglm.errors import DISK_FULL, CheckpointError, TokenizerError
+from visualglm.errors import DISK_FULL, CheckpointError, ConfigError, TokenizerError
 from visualglm.export_cache import cache_folder
 from visualglm.loading import BUILTIN_NAME, builtin_path
 from visualglm.memory import gib
@@ -297,8 +297,24 @@ class _Run:
                 if log and (validation or step.step % trainer.config.checkpoint_every == 0):
                     log.show()
                 report(step.step, data.total_steps, f"loss {step.losses['loss']:.4f}")
+                if is_last:
+                    self._require_finite(step, validation)
         if log:
             log.close()
+
+    def _require_finite(self, last: StepReport, validation: Mapping[str, float]) -> None:
+        """What has diverged is no result, and must not be saved as one."""
+        found = {"the loss of the last step": last.losses} | (
+            {"that of held-out rows": validation} if validation else {}
+        )
+        for what, losses in found.items():
+            loss = losses["loss"]
+            if not isfinite(loss):
+                rate = self.recipe.optimizer.learning_rate
+                raise ConfigError(
+                    f"The training has diverged: {what} is {loss}, so no adapter was written; begin again with an "
+                    f"optimizer.learning_rate below {rate:g}."
+                )
 
     def _log(self, first_step: int) -> RunLog:
         folder = self.folder

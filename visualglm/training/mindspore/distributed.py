@@ -189,5 +189,5 @@ def _meet_like_torchrun() -> None:
     os.environ.update(place, MS_WORKER_NUM=count, MS_NODE_ID=rank, MS_ROLE="MS_WORKER")
     if rank == "0":
         environment = {**os.environ, "MS_ROLE": "MS_SCHED"}
-        command = [sys.executable, "-m", "visualglm.training.mindspore.scheduler"]
+        command = [sys.executable, "-P", "-m", "visualglm.training.mindspore.scheduler"]
         subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
