@@ -25,6 +25,7 @@ from visualglm.checkpoint.export_dir import (
 from visualglm.checkpoint.files import checked_path
 from visualglm.checkpoint.listed_files import open_manifest, require_listed, require_sizes, require_small_unchanged
 from visualglm.checkpoint.manifest import MINDIR_EXPORT
+from visualglm.checkpoint.mindir_graph import check_graph
 from visualglm.checkpoint.model_dir import CONFIG, ModelDirectory
 from visualglm.checkpoint.progress import Report
 from visualglm.config import VisualGLMConfig
@@ -108,6 +109,14 @@ class MindirDirectory:
 
     def graph(self, name: MindirGraph) -> Path:
         return self.path / self.manifest.file(name)
+
+    def require_harmless(self) -> None:
+        """Raises `CheckpointError` if a graph has more in it than exports have; see `check_graph`."""
+        for name in self.manifest.graphs:
+            start = f"{self.manifest.folder(name)}/"
+            files = self.manifest.files
+            data = {file.removeprefix(start): files[file].size for file in files if file.startswith(start)}
+            check_graph(self.graph(name), data)
 
     @property
     def context_path(self) -> Path | None:

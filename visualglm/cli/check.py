@@ -143,7 +143,7 @@ def _check_lite_directory(path: Path, findings: Findings, messages: Messages) ->
 
 
 def _check_mindir_directory(path: Path, findings: Findings, messages: Messages) -> None:
-    _check_export(path, MindirManifest, open_mindir_directory, findings, messages)
+    _check_export(path, MindirManifest, _open_mindir, findings, messages)
 
 
 _EXPORTS = ((is_lite_directory, _check_lite_directory), (is_mindir_directory, _check_mindir_directory))
@@ -178,6 +178,12 @@ def _describe_graphs(directory: LiteDirectory | MindirDirectory) -> str:
 def _open_lite(path: Path) -> LiteDirectory:
     directory = open_lite_directory(path)
     require_as_told(directory)
+    return directory
+
+
+def _open_mindir(path: Path) -> MindirDirectory:
+    directory = open_mindir_directory(path)
+    directory.require_harmless()
     return directory
 
 

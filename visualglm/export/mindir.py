@@ -137,9 +137,8 @@ def export_mindir(
         for name in form.graphs:
             _write_graph(folder / form.folder(name), _cell(model, name, form), _inputs(directory.config, form, name))
 
-    return write_mindir_directory(
-        output, directory, form, fill, needed_bytes=expected_bytes(directory, form), force=force, report=report
-    )
+    needed = expected_bytes(directory, form)
+    return write_mindir_directory(output, directory, form, fill, needed_bytes=needed, force=force, report=report)
 
 
 def expected_bytes(directory: ModelDirectory, form: MindirForm) -> int:

@@ -38,9 +38,10 @@ def load_mindir_backend(directory: MindirDirectory, device: str = "auto", thread
     """The model of `directory` on `device` ("auto", "cpu", "ascend", "ascend:1").
 
     threads: how many compute on a CPU; None: one for a small model, or else one a core. Raises `DeviceError` if the
-    device is not there or the memory too small, `CheckpointError` if a graph cannot be loaded.
+    device is not there or the memory too small, `CheckpointError` if a graph cannot be loaded, or should not be.
     """
     prepare_mindir()
+    directory.require_harmless()
     require_memory(directory.memory, available_memory(), "this machine")
     if threads is None:
         threads = 1 if directory.manifest.parameter_count < _SMALL_MODEL else os.cpu_count() or 1
