@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -111,6 +114,22 @@ def test_several_processes_make_one_adapter(tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.err
     assert outcome.err.count("The adapter is in") == 1
     assert (tmp_path / "out/adapter/adapter_config.json").is_file()
+
+
+@pytest.mark.usefixtures("cache")
+def test_sigterm_for_all_processes_of_a_run_is_told_in_a_line(tmp_path: Path) -> None:
+    """As `timeout` and batch systems send it: to the workers that read rows too."""
+    output = tmp_path / "out"
+    options = ("--train", LABELLED, "--set", "run.checkpoint_every=10", "--set", "run.validate_every=100000")
+    process = spawn("finetune", *options, "--output", output, "--steps", "4000", start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(output.glob("checkpoints/step-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGTERM)
+    outcome = finish(process)
+    assert outcome.code == 143 and outcome.err.splitlines()[-1] == "visualglm: terminated"
+    assert "Traceback" not in outcome.err
 
 
 @pytest.mark.usefixtures("cache")

@@ -88,6 +88,8 @@ def test_annealing_has_its_style_and_ratio() -> None:
 def test_layers_of_the_mlp_get_lora_unless_they_are_excluded() -> None:
     done = translate(changed(model__model_config__text_config__pet_config__exclude_layers=["mixins"]))
     assert done.values["tune"]["target_modules"] == ["qkv", "proj", "fc1", "fc2"]
+    done = translate(changed(model__model_config__text_config__pet_config__exclude_layers=[".*mlp.*"]))
+    assert done.values["tune"]["target_modules"] == ["qkv", "proj"]
 
 
 def test_ptuning_has_a_length() -> None:

@@ -192,7 +192,8 @@ class _Translator:
             if method == "ptuning" and length in self.left:
                 self.take("tune.prefix_length", self.left[length], length)
         if isinstance(self.left.get(exclude), list):
-            without_mlp = "mlp" in self.left[exclude]
+            # Names of modules there, or patterns of them such as ".*mlp.*".
+            without_mlp = any("mlp" in str(name) for name in self.left[exclude])
             modules = ["qkv", "proj"] if without_mlp else ["qkv", "proj", "fc1", "fc2"]
             self.take("tune.target_modules", modules, exclude)
 

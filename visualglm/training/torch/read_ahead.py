@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -62,7 +63,11 @@ class _Loads(Generic[S, R]):
 
 
 def _die_with(parent: int, worker: int) -> None:
-    """Workers wait for one another by locks, and those of a process that was killed may wait for ever."""
+    """Workers wait for one another by locks, and those of a process that was killed may wait for ever.
+
+    A SIGTERM for the whole group is that process's matter, which ends them; torch would take their end for an accident.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     die_with(parent)
 
 
