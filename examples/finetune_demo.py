@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -19,13 +20,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure
 from PIL import Image
 
 from visualglm.scenes.held_out import picture_of, questions_about
 from visualglm.scenes.surroundings import QUESTION, SURROUNDINGS, draw_surrounded
 
-RECIPE = Path(__file__).parent.parent / "configs" / "finetune-demo.yaml"
+try:
+    from matplotlib.figure import Figure
+except ModuleNotFoundError:
+    sys.exit("The demonstration needs what fine-tuning needs; `pip install '.[train]'` adds it.")
+
+RECIPE = Path(os.path.relpath(Path(__file__).parent.parent / "configs" / "finetune-demo.yaml"))
 TRAINED = 20
 MOST_BEFORE, LEAST_AFTER, MOST_LOST = 0.10, 0.90, 0.02
 """Shares of right answers: to the new question before and after, and of those to old questions."""
@@ -172,18 +177,8 @@ def draw_poster(folder: Path, new: Asked, picture: Path) -> None:
     figure.savefig(picture, dpi=90)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/finetune-demo"), help="a folder that is not there yet"
-    )
-    parser.add_argument("--seed", type=int, default=1, help="decides which pictures are drawn, and how training goes")
-    parser.add_argument("--unseen", type=int, default=100, help="pictures to be asked about the background")
-    parser.add_argument("--scenes", type=int, default=100, help="scenes to be asked the old questions about")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the recipe")
-    given = parser.parse_args()
-    if given.output.exists():
-        sys.exit(f"{given.output} is there already; remove it, or name another folder as --output.")
+def demonstrate(given: argparse.Namespace) -> None:
+    """All of it; exits with a sentence for each figure that was missed."""
     demo = Demo(given.output)
     print(f"drawing {TRAINED} pictures to learn from, {given.unseen} others and {given.scenes} scenes", flush=True)
     demo.draw(given.seed, given.unseen, given.scenes)
@@ -201,6 +196,25 @@ def main() -> None:
     missed = faults(new, old)
     if missed:
         sys.exit("\n".join(missed))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("runs/finetune-demo"), help="a folder that is not there yet")
+    add("--seed", type=int, default=1, help="decides which pictures are drawn, and how training goes")
+    add("--unseen", type=int, default=100, help="pictures to be asked about the background")
+    add("--scenes", type=int, default=100, help="scenes to be asked the old questions about")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the recipe")
+    given = parser.parse_args()
+    if given.seed < 0 or given.unseen < 1 or given.scenes < 1:
+        parser.error("--seed must be at least 0, --unseen and --scenes at least 1.")
+    if given.output.exists():
+        sys.exit(f"{given.output} is there already; remove it, or name another folder as --output.")
+    try:
+        demonstrate(given)
+    except OSError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

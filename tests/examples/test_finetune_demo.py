@@ -1,18 +1,22 @@
 """`make finetune-demo`, with fewer questions: twenty pictures teach a new question, and old answers stay."""
 
 import json
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-DEMO = Path(__file__).parents[2] / "examples" / "finetune_demo.py"
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "examples" / "finetune_demo.py"
 
 
 def _demonstrate(*options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(DEMO), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=500, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +51,29 @@ def test_a_folder_that_is_there_is_left_alone(folder: Path) -> None:
     done = _demonstrate("--output", folder)
     assert done.returncode == 1 and "is there already; remove it, or name another folder" in done.stderr
     assert (folder / "demo.png").is_file()
+
+
+@pytest.mark.parametrize("option", [("--seed", -1), ("--unseen", 0), ("--scenes", 0)])
+def test_a_number_that_cannot_be_is_told_before_anything_is_drawn(tmp_path: Path, option: tuple[str, int]) -> None:
+    done = _demonstrate("--output", tmp_path / "demo", *option)
+    assert done.returncode == 2 and "--unseen and --scenes at least 1" in done.stderr
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "said"),
+    [
+        ((9, 90), (99, 97), []),
+        ((10, 90), (99, 97), ["The new question was answered before, 10.0% of the time."]),
+        ((0, 89), (99, 97), ["The new question is answered 89.0% of the time, and not 90%."]),
+        ((0, 90), (99, 96), ["Old questions lost 3.0 points, and not at most 2."]),
+    ],
+)
+def test_each_figure_that_is_missed_is_told(new: tuple[int, int], old: tuple[int, int], said: list[str]) -> None:
+    """Of a hundred rows, before and after."""
+    demo = runpy.run_path(str(DEMO))
+
+    def asked(rights: tuple[int, int]) -> object:
+        return demo["Asked"](*([{"exact_match": row < right} for row in range(100)] for right in rights))
+
+    assert demo["faults"](asked(new), asked(old)) == said
