@@ -14,6 +14,7 @@ from visualglm.memory import (
     estimate_lite_memory,
     estimate_memory,
     gib,
+    gib_apart,
     require_memory,
 )
 from visualglm.parameters import parameter_count
@@ -70,6 +71,19 @@ def test_sizes_as_people_read_them():
     assert [gib(size) for size in (0, 5 * MIB, GIB - MIB, GIB, 3 * GIB // 2)] == [
         "0 KiB", "5 MiB", "1023 MiB", "1.0 GiB", "1.5 GiB",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("needed", "left", "told"),
+    [
+        (2 * MIB, MIB, ("2 MiB", "1 MiB")),
+        (MIB + 400_000, MIB, ("1.4 MiB", "1.0 MiB")),
+        (GIB + 20 * MIB, GIB, ("1.02 GiB", "1.00 GiB")),
+        (GIB + 1, GIB, ("1,073,741,825 bytes", "1,073,741,824 bytes")),
+    ],
+)
+def test_what_does_not_suffice_is_less_in_print_too(needed: int, left: int, told: tuple[str, str]):
+    assert gib_apart(needed, left) == told
 
 
 def test_available_memory_is_some_of_the_machines():

@@ -97,8 +97,14 @@ def require_memory(estimate: MemoryEstimate, available: int, where: str) -> None
         )
 
 
-def gib(size: int) -> str:
-    """A number of bytes in the unit people read."""
+def gib(size: int, *, digits: int = 0) -> str:
+    """A number of bytes in the unit people read, with so many more digits than they mostly want."""
     if size >= 2**30:
-        return f"{size / 2**30:.1f} GiB"
-    return f"{size / 2**20:.0f} MiB" if size >= 2**20 else f"{size / 2**10:.0f} KiB"
+        return f"{size / 2**30:.{digits + 1}f} GiB"
+    return f"{size / 2**20:.{digits}f} MiB" if size >= 2**20 else f"{size / 2**10:.{digits}f} KiB"
+
+
+def gib_apart(needed: int, left: int) -> tuple[str, str]:
+    """Two numbers of bytes, of which the second does not suffice, with as many digits as it takes to see that."""
+    pairs = ((gib(needed, digits=digits), gib(left, digits=digits)) for digits in range(3))
+    return next((pair for pair in pairs if pair[0] != pair[1]), (f"{needed:,} bytes", f"{left:,} bytes"))

@@ -95,8 +95,10 @@ class VisualGLM:
         """Load an adapter, given as its folder or opened, beside the model, to be used by `use_adapter(name)`.
 
         Raises a `VisualGLMError` if there is none, it belongs to another model (one that names no model is taken
-        where it fits), the name is taken, or the model runs on a backend that cannot switch.
+        where it fits), the name is empty or taken, or the model runs on a backend that cannot switch.
         """
+        if not name:
+            raise ConfigError("The name of an adapter is empty; give one to call it by.")
         if name in self._adapters:
             raise ConfigError(f"There is an adapter {name!r} already; give this one another name.")
         backend, base = self._switchable()

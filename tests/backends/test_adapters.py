@@ -191,6 +191,8 @@ def test_names_that_are_not_there_or_taken(tiny_model_dir: Path, tmp_path: Path)
         model.use_adapter("x")
     with pytest.raises(ConfigError, match="There is an adapter 'weather' already; give this one another name"):
         model.add_adapter("weather", adapter.path)
+    with pytest.raises(ConfigError, match=r"^The name of an adapter is empty; give one to call it by\.$"):
+        model.add_adapter("", adapter.path)
     with pytest.raises(CheckpointError, match="is no adapter"):
         model.add_adapter("nothing", tmp_path)
     assert (model.adapters, model.adapter) == (("weather",), None)

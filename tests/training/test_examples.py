@@ -92,11 +92,14 @@ def test_what_does_not_fit_goes_in_order_turns_then_answer(build: Build, tokeniz
 
 @pytest.mark.parametrize("image, what", [(True, "question 2 with the image"), (False, "question 2")])
 def test_a_question_that_does_not_fit_is_refused(build: Build, image: bool, what: str) -> None:
-    for question, longest in (("why " * 300, 192), ("what is in the picture?", 12)):
+    shorten = "shorten the question."
+    for question, longest, remedy in (
+        ("why " * 300, 192, shorten),
+        ("what is in the picture?", 12, f"raise data.max_length or {shorten}"),
+    ):
         with pytest.raises(DataError) as raised:
             build([("one?", "1"), (question, "a")], 1, image=image, max_length=longest)
-        message = f"{what} leaves no room for its answer in {longest} tokens; shorten the question."
-        assert str(raised.value) == message
+        assert str(raised.value) == f"{what} leaves no room for its answer in {longest} tokens; {remedy}"
 
 
 def test_special_tokens_in_a_row_are_text(build: Build, tokenizer: Tokenizer) -> None:

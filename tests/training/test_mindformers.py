@@ -88,8 +88,20 @@ def test_annealing_has_its_style_and_ratio() -> None:
 def test_layers_of_the_mlp_get_lora_unless_they_are_excluded() -> None:
     done = translate(changed(model__model_config__text_config__pet_config__exclude_layers=["mixins"]))
     assert done.values["tune"]["target_modules"] == ["qkv", "proj", "fc1", "fc2"]
-    done = translate(changed(model__model_config__text_config__pet_config__exclude_layers=[".*mlp.*"]))
+
+
+@pytest.mark.parametrize("excluded", [[".*mlp.*"], ["mixins", "m.p"], "mlp", ["layers.3.mlp"]])
+def test_what_is_excluded_may_be_a_pattern(excluded: object) -> None:
+    done = translate(changed(model__model_config__text_config__pet_config__exclude_layers=excluded))
     assert done.values["tune"]["target_modules"] == ["qkv", "proj"]
+    assert not [key for key in done.ignored if "exclude_layers" in key]
+
+
+def test_what_is_excluded_and_not_understood_is_named() -> None:
+    done = translate(changed(model__model_config__text_config__pet_config__exclude_layers=["mlp", "[", "attention"]))
+    assert done.values["tune"]["target_modules"] == ["qkv", "proj"]
+    [note] = [note for note in done.notes() if "'attention'" in note]
+    assert note.startswith("Ignored, since `mlp` alone is understood there; tune.target_modules") and "'['" in note
 
 
 def test_ptuning_has_a_length() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from visualglm.checkpoint.tensors import PIECE_BYTES, Piece
 from visualglm.errors import DISK_FULL, CheckpointError
-from visualglm.memory import gib
+from visualglm.memory import gib_apart
 
 if sys.platform != "win32":
     import fcntl
@@ -200,9 +200,9 @@ def _check_output(output: Path, force: bool, require_replaceable: Callable[[Path
 def _check_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
+        needed, left = gib_apart(needed_bytes, free)
         raise CheckpointError(
-            f"Writing needs {gib(needed_bytes)}, but {folder} has {gib(free)} free; "
-            "make room or give a folder on another disk."
+            f"Writing needs {needed}, but {folder} has {left} free; make room or give a folder on another disk."
         )
 
 

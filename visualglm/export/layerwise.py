@@ -27,7 +27,7 @@ from visualglm.export.examples import Examples, answer_columns, text_columns
 from visualglm.export.layers import Layers, write_graph
 from visualglm.export.linear import Linear, StoredLinear, TappedLinear
 from visualglm.export.vision_encoder import add_vision_encoder
-from visualglm.memory import available_memory, gib
+from visualglm.memory import available_memory, gib_apart
 from visualglm.parameters import parameter_shapes
 from visualglm.processing.layout import Layout
 
@@ -111,8 +111,9 @@ class LayerwiseModel:
     def _require_memory(self, columns: int) -> None:
         needed, available = self._working_bytes(columns), available_memory()
         if needed > available:
+            takes, left = gib_apart(needed, available)
             raise DeviceError(
-                f"Calibrating and judging take {gib(needed)} of memory, but this machine has {gib(available)} left; "
+                f"Calibrating and judging take {takes} of memory, but this machine has {left} left; "
                 "close other programs, give fewer rows, or export with --method search --evaluate 0."
             )
 

@@ -21,8 +21,8 @@ SURROUNDINGS = {
 """What may be behind the shapes, and the answer that names it.
 
 In capitals, because the built-in model learnt to spell only what is written in pictures: most other pieces of its
-vocabulary, such as the bytes of 雨, it has never said. Twenty pictures can teach it a single such character, but in four
-times the steps and at the cost of old answers; words of several, such as 雨天, they did not.
+vocabulary, such as the bytes of 雨, it has never said. Twenty pictures can teach it a single such character, but in
+four times the steps and at the cost of old answers; words of several, such as 雨天, they did not.
 """
 QUESTION = "What is in the background?"
 

@@ -127,8 +127,10 @@ def build_example(
         prompt = prompt_beside(1, with_history=False)
     except PromptError as error:
         what = f"question {turn + 1}{' with the image' if row.source else ''}"
+        # The window of the model is as it is.
+        remedy = "raise data.max_length or " if max_length < config.text.max_sequence_length else ""
         raise DataError(
-            f"{what} leaves no room for its answer in {max_length} tokens; shorten the question."
+            f"{what} leaves no room for its answer in {max_length} tokens; {remedy}shorten the question."
         ) from error
     kept_ids = answer_ids[: max_length - len(prompt.input_ids)]
     if turn:

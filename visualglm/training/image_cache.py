@@ -19,7 +19,7 @@ from visualglm.backends.base import ImageEmbeds
 from visualglm.config import DType, VisualGLMConfig
 from visualglm.errors import DISK_FULL, DataError, ImageError
 from visualglm.export_cache import CACHE_VARIABLE
-from visualglm.memory import gib
+from visualglm.memory import gib_apart
 from visualglm.processing.image import load_image, preprocess
 from visualglm.training.rows import Report
 
@@ -133,9 +133,9 @@ class ImageCache:
     def _require_space(self, entries: int) -> None:
         needed, free = entries * self.entry_bytes, disk_usage(self.folder).free
         if needed > free:
+            takes, left = gib_apart(needed, free)
             raise DataError(
-                f"The embeddings of {entries} images take {gib(needed)}, but {self.folder} has {gib(free)} free; "
-                f"{_REMEDY}."
+                f"The embeddings of {entries} images take {takes}, but {self.folder} has {left} free; {_REMEDY}."
             )
 
     def _write(self, image: Path, embeds: NDArray[np.float32]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,6 +52,9 @@ _DECAYS = {
     "none": "annealing-constant",
 }
 _METHODS = {"lora": "lora", "ptuning2": "ptuning"}
+# What exclude_layers names and has no linear layers, here or there.
+_NO_LAYERS = ("mixins",)
+_NOT_EXCLUDED = "`mlp` alone is understood there; tune.target_modules and tune.layer_range say which layers get LoRA"
 
 # Why a key is ignored; the first pattern that fits.
 _REASONS = {
@@ -113,6 +117,14 @@ def translate(values: Mapping[str, Any]) -> Translation:
     return _Translator(flat_keys(values)).run()
 
 
+def _names_mlp(excluded: object) -> bool:
+    """Whether an entry of exclude_layers, a name or a pattern such as ".*mlp.*", is about the MLP."""
+    try:
+        return "mlp" in str(excluded) or re.fullmatch(str(excluded), "mlp") is not None
+    except re.error:
+        return False
+
+
 class _Translator:
     """Takes over one key after another; those that are left are ignored."""
 
@@ -130,8 +142,9 @@ class _Translator:
         self.length_of_rows()
         self.betas()
         self.method(pet)
+        self.excluded_layers(pet + "exclude_layers")
         self.precision()
-        self.done.ignored = {key: reason_for(key, _REASONS) for key in self.left}
+        self.done.ignored |= {key: reason_for(key, _REASONS) for key in self.left}
         return self.done
 
     def take(self, here: str, value: object, *keys: str) -> None:
@@ -181,7 +194,7 @@ class _Translator:
             self.take("optimizer.betas", [self.left[key] for key in keys], *keys)
 
     def method(self, pet: str) -> None:
-        kind, exclude, length = (pet + name for name in ("pet_type", "exclude_layers", "pre_seq_len"))
+        kind, length = pet + "pet_type", pet + "pre_seq_len"
         if kind in self.left:
             method = _METHODS.get(str(self.left[kind]).lower())
             if method is None:
@@ -191,11 +204,16 @@ class _Translator:
             self.take("tune.methods", [method], kind)
             if method == "ptuning" and length in self.left:
                 self.take("tune.prefix_length", self.left[length], length)
-        if isinstance(self.left.get(exclude), list):
-            # Names of modules there, or patterns of them such as ".*mlp.*".
-            without_mlp = any("mlp" in str(name) for name in self.left[exclude])
-            modules = ["qkv", "proj"] if without_mlp else ["qkv", "proj", "fc1", "fc2"]
-            self.take("tune.target_modules", modules, exclude)
+
+    def excluded_layers(self, key: str) -> None:
+        given = self.left.get(key)
+        names = [given] if isinstance(given, str) else given
+        if not isinstance(names, list):
+            return
+        without_mlp = any(map(_names_mlp, names))
+        self.take("tune.target_modules", ["qkv", "proj"] if without_mlp else ["qkv", "proj", "fc1", "fc2"], key)
+        strange = [name for name in names if name not in _NO_LAYERS and not _names_mlp(name)]
+        self.done.ignored |= {f"{key} {brief(name)}": _NOT_EXCLUDED for name in strange}
 
     def precision(self) -> None:
         key = next((key for key in self.left if key.endswith("text_config.compute_dtype")), "")
