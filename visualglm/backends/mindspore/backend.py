@@ -87,11 +87,13 @@ class MindSporeBackend:
     def prefill(
         self, layout: Layout, image_embeds: Sequence[ImageEmbeds], capacity: int
     ) -> tuple[NDArray[np.float32], KVCache]:
-        logits, *present = self.calls.run("prefill", *self._prompt(layout, image_embeds))
+        prompt_logits, *present = self.calls.run("prefill", *self._prompt(layout, image_embeds))
+        # Before anything else: the next operator would wait for the graph too, and take five times as long over it.
+        logits = prompt_logits.asnumpy()
         columns = layout.sequence_length
         tensors = fitted(present, columns, self.calls.columns(capacity, self.config.text.max_sequence_length))
         cache = KVCache(tensors, columns, layout.batch_size, keeps_shape=self.calls.compiled)
-        return logits.asnumpy()[: layout.batch_size], cache
+        return logits[: layout.batch_size], cache
 
     @_computes
     def step(self, token_ids: NDArray[np.int64], layout: Layout, cache: KVCache) -> NDArray[np.float32]:

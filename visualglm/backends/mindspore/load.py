@@ -92,6 +92,9 @@ def use_device(name: str) -> Device:
             f"The device {str(device)!r} cannot be used by the installed MindSpore {ms.__version__}; "
             "install the build and the drivers for it, or give --device cpu."
         ) from error
+    if device.kind == CPU:
+        # An operator handed from thread to thread waits longer than most of them compute here.
+        ms.runtime.launch_blocking()
     return device
 
 
