@@ -44,7 +44,7 @@ def export_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def heeds_ctrl_c() -> Iterator[None]:
-    """What a shell runs in the background ignores Ctrl-C, and so would every process that a test starts and interrupts."""
+    """What a shell runs in the background ignores Ctrl-C, and so would all that tests start and interrupt."""
     if ignored := signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
