@@ -24,10 +24,11 @@ _LOCATION, _OFFSET, _LENGTH = 1, 2, 3
 _CONSTANT, _REFERENCE = "Constant", "REF::"
 # Those of all graphs that `visualglm.export.mindir` makes; none does anything but arithmetic.
 _OPERATORS = {
-    *("Add", "BiasAdd", "BroadcastTo", "Cast", "Concat", "Conv2D", "CumSum", "Depend", "Div", "Erf", "ExpandDims"),
-    *("Gather", "GeLU", "GreaterEqual", "LayerNorm", "LessScalar", "Load", "LogicalAnd", "LogicalNot", "MakeTuple"),
-    *("MatMul", "MatMulExt", "Mul", "Muls", "Neg", "Reshape", "Select", "Softmax", "Split", "StridedSlice", "Sub"),
-    *("TensorScatterElements", "TensorScatterUpdate", "Transpose", "TupleGetItem", "UpdateState"),
+    *("Add", "BatchMatMul", "BiasAdd", "BroadcastTo", "Cast", "Concat", "Conv2D", "CumSum", "Depend", "Div", "Erf"),
+    *("ExpandDims", "Gather", "GeLU", "GreaterEqual", "LayerNorm", "LessScalar", "Load", "LogicalAnd"),
+    *("LogicalNot", "MakeTuple", "MatMul", "MatMulExt", "Mul", "Muls", "Neg", "Reshape", "Select", "Softmax"),
+    *("Split", "StridedSlice", "Sub", "TensorScatterElements", "TensorScatterUpdate", "Transpose", "TupleGetItem"),
+    *("UpdateState"),
 }
 
 Part = tuple[int, int]

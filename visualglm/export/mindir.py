@@ -102,7 +102,7 @@ class _FullGraph(nn.Cell):
 
 
 class _IncrementalGraph(nn.Cell):
-    """See `VisualGLMModel.step`."""
+    """See `VisualGLMModel.step`; all keys and values come out, those of the new token in `column`, int32 [1]."""
 
     def __init__(self, model: VisualGLMModel) -> None:
         super().__init__()
@@ -111,8 +111,12 @@ class _IncrementalGraph(nn.Cell):
     def construct(
         self, token_ids: Tensor, position_ids: Tensor, mask: Tensor, column: Tensor, *past: Tensor
     ) -> tuple[Tensor, ...]:
-        logits, *present = self.model.step(token_ids, position_ids, mask, column, *past)
-        return ops.cast(logits, ms.float32), *present
+        logits, *new = self.model.step(token_ids, position_ids, mask, *past)
+        places = ops.broadcast_to(ops.reshape(column, (1, 1, 1, 1)), new[0].shape)
+        present: tuple[Tensor, ...] = ()
+        for before, one in zip(past, new):  # noqa: B905
+            present += (ops.tensor_scatter_elements(before, places, one, axis=2),)
+        return logits, *present
 
 
 def export_mindir(

@@ -101,8 +101,6 @@ class MindirBackend:
         tokens, positions = np.zeros(rows, np.int32), np.zeros((rows, 2, 1), np.int32)
         visible = np.zeros((rows, 1, 1, self.form.seq_length), np.bool_)
         tokens[places], positions[places] = token_ids, layout.position_ids(column, column + 1)
-        # A row that has ended sees something too, so that no row of a softmax is empty.
-        visible[..., column] = True
         visible[places, 0, 0, :column] = np.arange(column) >= layout.pad_lengths[:, None]
         inputs = [tokens, positions, visible, np.array([column], np.int32)]
         logits, cache.past = self._graphs["inc"](inputs, cache.past)

@@ -101,13 +101,12 @@ class MindSporeBackend:
         tokens, positions = np.zeros(rows, np.int32), np.zeros((rows, 2, 1), np.int32)
         visible = np.zeros((rows, 1, 1, cache.capacity), np.bool_)
         tokens[places], positions[places] = token_ids, layout.position_ids(column, column + 1)
-        # A row that has ended sees something too, so that no row of a softmax is empty.
-        visible[..., column] = True
         visible[places, 0, 0, :column] = np.arange(column) >= layout.pad_lengths[:, None]
-        inputs = (tokens, positions, visible, np.array([column], np.int32))
-        logits, *cache.tensors = self.calls.run("step", *map(Tensor.from_numpy, inputs), *cache.tensors)
-        cache.length += 1
-        return logits.asnumpy()[places]
+        inputs = map(Tensor.from_numpy, (tokens, positions, visible))
+        step_logits, *present = self.calls.run("step", *inputs, *cache.tensors)
+        logits = step_logits.asnumpy()[places]
+        cache.append(present)
+        return logits
 
     @_computes
     def logits(self, layout: Layout, image_embeds: Sequence[ImageEmbeds]) -> NDArray[np.float32]:

@@ -1,7 +1,7 @@
 """ChatGLM: the decoder, with two-dimensional rotary positions and scaled post-LN residuals.
 
-Keys and values of a text under way come in as plain tensors of a fixed capacity, two a layer, and go out so with the
-new column in its place: who calls keeps them. A graph of the cells thus has the same inputs at every step.
+Keys and values of a text under way come in as plain tensors of a fixed capacity, two a layer, and those of the new
+column go out: who calls keeps them. A graph of the cells thus has the same inputs at every step, and copies none.
 """
 
 from __future__ import annotations
@@ -11,7 +11,15 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from numpy.typing import NDArray
 
-from visualglm.backends.mindspore.modules import MLP, Embedding, LayerNorm, attend, merge_heads, split_heads
+from visualglm.backends.mindspore.modules import (
+    MLP,
+    Embedding,
+    LayerNorm,
+    attend,
+    attend_beside,
+    merge_heads,
+    split_heads,
+)
 from visualglm.config import TextConfig
 
 # What is added to the score of a column that is not seen; exp of it is 0.
@@ -57,16 +65,14 @@ class ChatGLMAttention(nn.Cell):
         self.proj = nn.Dense(config.hidden_size, config.hidden_size)
 
     def construct(
-        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, places: Tensor | None, past: tuple[Tensor, ...]
+        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, past: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """past: nothing, or the cached keys and values, in which the new ones take the column of `places`."""
+        """past: nothing, or the cached keys and values, to which `bias` belongs then. Keys and values of x go out."""
         q, k, v = ops.split(self.qkv(x), self.width, axis=-1)
         q, k, v = split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if places is not None:
-            k = ops.tensor_scatter_elements(past[0], places, k, axis=2)
-            v = ops.tensor_scatter_elements(past[1], places, v, axis=2)
-        return self.proj(merge_heads(attend(q, k, v, bias))), k, v
+        attended = attend_beside(q, k, v, past[0], past[1], bias) if past else attend(q, k, v, bias)
+        return self.proj(merge_heads(attended)), k, v
 
 
 class ChatGLMLayer(nn.Cell):
@@ -81,11 +87,11 @@ class ChatGLMLayer(nn.Cell):
         self.mlp = MLP(config.hidden_size, config.intermediate_size, gelu="tanh")
 
     def construct(
-        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, places: Tensor | None, past: tuple[Tensor, ...]
+        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, past: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `ChatGLMAttention`."""
         x = self.input_norm(x)
-        attended, k, v = self.attention(x, cos, sin, bias, places, past)
+        attended, k, v = self.attention(x, cos, sin, bias, past)
         x = self.attention_norm(x * self.residual_scale + attended)
         return x * self.residual_scale + self.mlp(x), k, v
 
@@ -102,24 +108,18 @@ class ChatGLM(nn.Cell):
         self.lm_head = nn.Dense(config.hidden_size, config.vocab_size, has_bias=False)
         self.rotary = Tensor(rotary_table(config))
 
-    def construct(
-        self, inputs_embeds: Tensor, position_ids: Tensor, mask: Tensor, column: Tensor | None = None, *past: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Hidden states, then keys and values, [batch, heads, columns, head_dim], layer by layer.
+    def construct(self, inputs_embeds: Tensor, position_ids: Tensor, mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        """Hidden states, then the keys and values of these columns, [batch, heads, seq, head_dim], layer by layer.
 
-        position_ids: int32 [batch, 2, seq]; mask: bool [batch, 1, seq, columns].
-        column: None for a whole prompt; else int32 [1], the column in which the one new token stands in the keys and
-        values of `past`, layer by layer, [batch, heads, columns, head_dim].
+        position_ids: int32 [batch, 2, seq]. A whole prompt has a mask, bool [batch, 1, seq, seq]. One more column has
+        what came before it as `past`, keys and values layer by layer, [batch, heads, columns, head_dim], and a mask of
+        them, bool [batch, 1, 1, columns].
         """
         turns = ops.expand_dims(ops.gather(self.rotary, ops.transpose(position_ids, (0, 2, 1)), 1), 2)
         bias = ops.cast(ops.logical_not(mask), ms.float32) * HIDDEN
-        places = None
-        if column is not None:
-            batch, heads, _, head_dim = past[0].shape
-            places = ops.broadcast_to(ops.reshape(column, (1, 1, 1, 1)), (batch, heads, 1, head_dim))
         x = inputs_embeds
         present: tuple[Tensor, ...] = ()
         for index, layer in enumerate(self.layers):
-            x, k, v = layer(x, turns[0], turns[1], bias, places, past[2 * index : 2 * index + 2])
+            x, k, v = layer(x, turns[0], turns[1], bias, past[2 * index : 2 * index + 2])
             present += (k, v)
         return self.norm(x), *present

@@ -73,12 +73,13 @@ class VisualGLMModel(nn.Cell):
         hidden, *present = self.text(self.embed(input_ids, image_embeds, image_starts), position_ids, mask)
         return self._logits(hidden[:, -1]), *present
 
-    def step(
-        self, token_ids: Tensor, position_ids: Tensor, mask: Tensor, column: Tensor, *past: Tensor
-    ) -> tuple[Tensor, ...]:
-        """One more token a row, int32 [batch] → logits, float32 [batch, vocab], then all keys and values by layer."""
+    def step(self, token_ids: Tensor, position_ids: Tensor, mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        """One more token a row, int32 [batch] → logits, float32 [batch, vocab], then its keys and values by layer.
+
+        The mask is of `past`; see `ChatGLM`.
+        """
         embeds = self.text.word_embeddings(ops.expand_dims(token_ids, 1))
-        hidden, *present = self.text(embeds, position_ids, mask, column, *past)
+        hidden, *present = self.text(embeds, position_ids, mask, *past)
         return self._logits(hidden[:, -1]), *present
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -22,6 +22,12 @@ class KVCache:
         self.places: NDArray[np.int64] = np.arange(rows)
         self._keeps_shape = keeps_shape
 
+    def append(self, present: Sequence[Tensor]) -> None:
+        """One more column, [batch, heads, 1, head_dim] a tensor, which is written in its place."""
+        for tensor, new in zip(self.tensors, present, strict=True):
+            tensor[:, :, self.length : self.length + 1] = new
+        self.length += 1
+
     @property
     def batch_size(self) -> int:
         """Rows of the tensors."""
