@@ -4,6 +4,7 @@ import json
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,8 +71,8 @@ def test_cards_by_their_place_among_those_there_are() -> None:
 
 
 def test_tables_of_several_servers_are_one() -> None:
-    tables = [rank_table(range(4, 8), VISIBLE, f"10.0.0.{n}", addresses(n)) for n in (2, 1)]
-    table = merged_tables([tables[0], merged_tables(tables[1:])])
+    tables = [rank_table(range(4, 8), VISIBLE, f"10.0.0.{n}", addresses(10 * n)) for n in (2, 1)]
+    table = merged_tables(tables)
     assert (table.server_count, merged_name(table)) == ("2", "hccl_2s_8p.json")
     assert [server.server_id for server in table.server_list] == ["10.0.0.2", "10.0.0.1"]
     assert [card.rank_id for card in table.cards] == list("01234567")
@@ -79,6 +80,20 @@ def test_tables_of_several_servers_are_one() -> None:
     assert table.cards[-1].device_ip == tables[1].cards[-1].device_ip
     with pytest.raises(ConfigError, match=r"The server 10\.0\.0\.2 is in two of the tables"):
         merged_tables([tables[0], table])
+    third = rank_table(range(4), VISIBLE, "10.0.0.3", addresses(200))
+    more = merged_tables([table, third])
+    assert (more.server_count, merged_name(more)) == ("3", "hccl_3s_12p.json")
+    assert [card.rank_id for card in more.cards] == [*map(str, range(12))]
+
+
+def test_tables_that_are_not_merged() -> None:
+    table = rank_table(range(4, 8), VISIBLE, "10.0.0.1", addresses())
+    other = rank_table(range(7, 8), VISIBLE, "10.0.0.2", addresses())
+    for tables in ([], [table]):
+        with pytest.raises(ConfigError, match="There is one table, and nothing to merge it with; give those of two"):
+            merged_tables(tables)
+    with pytest.raises(ConfigError, match=r"The address 192\.168\.1\.108 is that of a card in two of the tables; give"):
+        merged_tables([table, other])
 
 
 @pytest.mark.parametrize("text", ["[0,8)", "[0,4)", "[4,8)", "[3,4)", "[ 5, 7 )"])
@@ -107,6 +122,32 @@ def test_ranges_that_are_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         parse_range(text, VISIBLE)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("visible", "cards", "fits"),
+    [
+        ("4,5,6,7", range(4), True),
+        ("6,4", range(2), True),
+        ("7,6,5,4,3,2,1,0", range(8), True),
+        ("2,3,4,5", range(4), False),
+        ("0,7", range(2), False),
+        ("0,1,2,3,4,5,6", range(7), False),
+    ],
+)
+def test_groups_are_those_of_the_cards_themselves(visible: str, cards: range, fits: bool) -> None:
+    numbers = parse_visible(visible)
+    if fits:
+        assert [card.device_id for card in rank_table(cards, numbers, "10.0.0.1", addresses()).cards] == numbers
+        return
+    message = r"takes cards of both groups of 10\.0\.0\.1, \[0,4\) and \[4,8\), and not all of them; look at --visible"
+    with pytest.raises(ConfigError, match=message):
+        rank_table(cards, numbers, "10.0.0.1", addresses())
+
+
+def test_two_cards_with_one_address() -> None:
+    with pytest.raises(ConfigError, match=r"has the address 10\.0\.0\.9 for two cards; look at .* what hccn_tool has"):
+        rank_table(range(2), VISIBLE, "10.0.0.1", dict.fromkeys(VISIBLE, "10.0.0.9"))
 
 
 def test_no_more_cards_than_there_are() -> None:
@@ -199,3 +240,35 @@ def test_tables_that_are_none(change: str | dict[str, str], message: str, tmp_pa
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_rank_table(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda it: it.update(server_count="5"), "counts 5 servers and lists 2"),
+        (lambda it: it.update(status="failed"), "has the status failed and not completed"),
+        (lambda it: it["server_list"][1].update(server_id="10.0.0.1"), r"lists the server 10\.0\.0\.1 twice"),
+        (lambda it: card(it, 0, 1).update(device_ip=card(it, 0, 0)["device_ip"]), "for two cards"),
+        (lambda it: card(it, 1, 1).update(device_ip=card(it, 0, 0)["device_ip"]), "for two cards"),
+        (lambda it: card(it, 1, 1).update(device_id="4"), r"lists card 4 of 10\.0\.0\.2 twice"),
+        (lambda it: card(it, 1, 1).update(device_id="3"), r"takes cards of both groups of 10\.0\.0\.2, \[0,4\) and"),
+        (lambda it: it["server_list"][0]["device"].pop(), "does not number its cards from 0 on"),
+    ],
+)
+def test_tables_that_contradict_themselves(
+    change: Callable[[dict[str, Any]], object], message: str, tmp_path: Path
+) -> None:
+    tables = [rank_table(range(4, 8), VISIBLE, f"10.0.0.{n}", addresses(100 * n)) for n in (1, 2)]
+    values = json.loads(merged_tables(tables).to_json())
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(values))
+    assert len(read_rank_table(path).cards) == 8
+    change(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=rf"^{path} .*{message}.*; make it again with `visualglm rank-table`\.$"):
+        read_rank_table(path)
+
+
+def card(table: dict[str, Any], server: int, place: int) -> dict[str, str]:
+    found: dict[str, str] = table["server_list"][server]["device"][place]
+    return found

@@ -6,7 +6,7 @@ import json
 import re
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,6 +23,7 @@ ALL_CARDS = ",".join(map(str, range(CARDS)))
 CONFIGURATION = Path("/etc/hccn.conf")
 
 _GROUP = 4
+_COMPLETED = "completed"
 _TOOL = "hccn_tool"
 _TOOL_SECONDS = 10
 _LARGEST_BYTES = 2**20
@@ -60,7 +61,7 @@ class RankTable(_Part):
     version: Literal["1.0"] = "1.0"
     server_count: Number
     server_list: Annotated[tuple[Server, ...], Field(min_length=1)]
-    status: str = "completed"
+    status: str = _COMPLETED
 
     @property
     def cards(self) -> tuple[Card, ...]:
@@ -73,12 +74,15 @@ class RankTable(_Part):
 
 def rank_table(cards: range, visible: Sequence[str], server_ip: str, addresses: Mapping[str, str]) -> RankTable:
     """The table of one server. cards: by their place in `visible`, the numbers of cards that there are; addresses: by
-    these numbers."""
+    these numbers. Raises `ConfigError` if the cards are some of both groups, or two have one address."""
     numbers = [visible[place] for place in cards]
     devices = tuple(
         Card(device_id=number, device_ip=addresses[number], rank_id=str(rank)) for rank, number in enumerate(numbers)
     )
-    return RankTable(server_count="1", server_list=(Server(server_id=server_ip, device=devices),))
+    table = RankTable(server_count="1", server_list=(Server(server_id=server_ip, device=devices),))
+    if fault := _fault(table):
+        raise ConfigError(f"A table of these cards {fault}; look at --visible_devices and what {_TOOL} has set.")
+    return table
 
 
 def table_name(cards: range, server_ip: str) -> str:
@@ -92,12 +96,20 @@ def merged_name(table: RankTable) -> str:
 
 
 def merged_tables(tables: Sequence[RankTable]) -> RankTable:
-    """One table of all servers, ranks counted on in the order given; raises `ConfigError` if one is there twice."""
+    """One table of all servers, ranks counted on in the order given; raises `ConfigError` if there is one table only,
+    or a server or the address of a card is in two of them."""
+    if len(tables) < 2:
+        raise ConfigError("There is one table, and nothing to merge it with; give those of two servers or more.")
     servers = [server for table in tables for server in table.server_list]
-    names = [server.server_id for server in servers]
-    twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
-    if twice is not None:
+    twice = _repeated(server.server_id for server in servers)
+    if twice:
         raise ConfigError(f"The server {readable(twice)} is in two of the tables; give one table of each server.")
+    twice = _repeated(card.device_ip for server in servers for card in server.device)
+    if twice:
+        raise ConfigError(
+            f"The address {readable(twice)} is that of a card in two of the tables; give each card one of its own with "
+            f"{_TOOL}, and make the tables again."
+        )
     ranks = iter(range(sum(len(server.device) for server in servers)))
     renumbered = tuple(
         server.model_copy(
@@ -109,7 +121,7 @@ def merged_tables(tables: Sequence[RankTable]) -> RankTable:
 
 
 def read_rank_table(path: Path) -> RankTable:
-    """Raises `ConfigError` if the file is missing, or no rank table whose ranks count from 0."""
+    """Raises `ConfigError` if the file is missing, no rank table, or one that contradicts itself."""
     remedy = "make one with `visualglm rank-table`"
     try:
         with path.open("rb") as file:
@@ -120,9 +132,46 @@ def read_rank_table(path: Path) -> RankTable:
         raise ConfigError(f"{path} is no rank table ({first_fault(error)}); {remedy}.") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} holds no valid JSON, so it is no rank table; {remedy}.") from error
-    if sorted(int(card.rank_id) for card in table.cards) != list(range(len(table.cards))):
-        raise ConfigError(f"{path} does not number its cards from 0 on; make it again with `visualglm rank-table`.")
+    if fault := _fault(table):
+        raise ConfigError(f"{path} {fault}; make it again with `visualglm rank-table`.")
     return table
+
+
+def _fault(table: RankTable) -> str | None:
+    """What is wrong with a table whose parts are well formed, if something is."""
+    if table.status != _COMPLETED:
+        return f"has the status {readable(table.status)} and not {_COMPLETED}"
+    if int(table.server_count) != len(table.server_list):
+        return f"counts {table.server_count} servers and lists {len(table.server_list)}"
+    if sorted(int(card.rank_id) for card in table.cards) != list(range(len(table.cards))):
+        return "does not number its cards from 0 on"
+    twice = _repeated(server.server_id for server in table.server_list)
+    if twice:
+        return f"lists the server {readable(twice)} twice"
+    twice = _repeated(card.device_ip for card in table.cards)
+    if twice:
+        return f"has the address {readable(twice)} for two cards"
+    return next(filter(None, map(_server_fault, table.server_list)), None)
+
+
+def _server_fault(server: Server) -> str | None:
+    name, numbers = readable(server.server_id), [int(card.device_id) for card in server.device]
+    twice = _repeated(map(str, numbers))
+    if twice:
+        return f"lists card {twice} of {name} twice"
+    if len({number // _GROUP for number in numbers}) > 1 and {*numbers} != {*range(CARDS)}:
+        return f"takes cards of both groups of {name}, [0,{_GROUP}) and [{_GROUP},{CARDS}), and not all of them"
+    return None
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    """The first name that was there before."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def parse_range(text: str, visible: Sequence[str]) -> range:

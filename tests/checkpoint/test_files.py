@@ -63,6 +63,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, entries: Entries
     assert (path.read_bytes(), entries(tmp_path)) == (b"old", ["page.html"])
     replace_file(path, [b"new", b"er"])
     assert (path.read_bytes(), entries(tmp_path)) == (b"newer", ["page.html"])
+    with pytest.raises(OSError) as caught:
+        replace_file(tmp_path / "none" / "page.html", [])
+    assert caught.value.filename == str(tmp_path / "none" / "page.html")
 
 
 def test_an_empty_folder_is_filled_and_another_one_is_not(tmp_path: Path, entries: Entries) -> None:

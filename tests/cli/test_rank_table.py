@@ -15,7 +15,7 @@ def cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver's tool, which knows eight cards."""
     (tmp_path / "bin").mkdir()
     tool = tmp_path / "bin" / "hccn_tool"
-    tool.write_text('#!/bin/sh\necho "ipaddr:192.168.100.10$2"\n')
+    tool.write_text('#!/bin/sh\necho "ipaddr:${NETWORK:-192.168.100}.10$2"\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     monkeypatch.chdir(tmp_path)
@@ -49,9 +49,10 @@ def test_visible_devices_are_the_cards_that_there_are(invoke: Invoke, tmp_path: 
         assert [card["device_id"] for card in table["server_list"][0]["device"]] == ["6", "7"]
 
 
-def test_tables_are_merged(invoke: Invoke, tmp_path: Path) -> None:
-    for ip in ("10.0.0.1", "10.0.0.2"):
-        invoke("rank-table", "--server_ip", ip)
+def test_tables_are_merged(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (1, 2):
+        monkeypatch.setenv("NETWORK", f"192.168.{number}")
+        invoke("rank-table", "--server_ip", f"10.0.0.{number}")
     names = [f"hccl_8p_01234567_10.0.0.{n}.json" for n in (1, 2)]
     assert invoke("rank-table", "--merge", *names).code == 0
     merged = json.loads((tmp_path / "hccl_2s_16p.json").read_text())
@@ -60,6 +61,18 @@ def test_tables_are_merged(invoke: Invoke, tmp_path: Path) -> None:
         str(rank) for rank in range(16)
     ]
     assert "is in two of the tables" in invoke("rank-table", "--merge", names[0], names[0]).error
+    assert "There is one table, and nothing to merge it with" in invoke("rank-table", "--merge", names[0]).error
+    for option in (HERE, ("--device_num", "[0,4)"), ("--visible-devices", "0,1")):
+        error = invoke("rank-table", "--merge", *names, *option, "--force").error
+        assert f"{option[0].replace('-', '_').replace('__', '--')} is for making a table, and --merge takes" in error
+
+
+def test_a_folder_that_cannot_be_written(invoke: Invoke, tmp_path: Path) -> None:
+    outcome = invoke("rank-table", *HERE, "--output", tmp_path / "none" / "table.json")
+    assert "none/table.json cannot be written (No such file or directory); give --output in another" in outcome.error
+    (tmp_path / "table.json").mkdir()
+    outcome = invoke("rank-table", *HERE, "--output", tmp_path / "table.json", "--force")
+    assert "table.json cannot be written (Is a directory); give" in outcome.error
 
 
 @pytest.mark.parametrize("arguments", [["--merge"], ["a.json"]])

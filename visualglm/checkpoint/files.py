@@ -143,6 +143,11 @@ def replace_file(path: Path, pieces: Iterable[Piece]) -> None:
     try:
         write_file(beside, pieces)
         os.replace(beside, path)
+    except OSError as error:
+        # Users know nothing of the other name.
+        if error.filename == str(beside):
+            error.filename = str(path)
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
