@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from tests.cli.program import Invoke, finish, spawn
+from visualglm.cli import finetune
+from visualglm.cli.messages import Messages
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MINDFORMERS = Path(__file__).parents[1] / "training/mindformers_lora.yaml"
@@ -100,6 +102,7 @@ def test_a_run_leaves_an_adapter_and_goes_on_where_it_was(invoke: Invoke, tmp_pa
     output = tmp_path / "out"
     assert invoke("finetune", *SHORT, "--output", output, "--steps", "2").code == 0
     assert {path.name for path in output.iterdir()} >= {"adapter", "best", "checkpoints", "recipe.yaml", "log.jsonl"}
+    assert (output / "backend.txt").read_text("utf-8") == "torch\n"
     adapter = (output / "adapter/adapter_model.safetensors").read_bytes()
     assert "holds a run already; --resume goes on with it" in invoke("finetune", *SHORT, "--output", output).error
     assert invoke("finetune", "--output", output, "--resume").code == 0
@@ -154,4 +157,46 @@ def test_a_missing_package_is_named_with_what_adds_it(
     monkeypatch.setitem(sys.modules, "yaml", None)
     monkeypatch.delitem(sys.modules, "visualglm.yaml_file", raising=False)
     error = invoke("finetune", CONFIGS / "lora.yaml", "--output", tmp_path / "out").error
-    assert "Training needs yaml; `pip install 'visualglm[train]'` adds it." in error
+    assert "Training with PyTorch needs pyyaml; `pip install 'visualglm[train]'` adds what is missing." in error
+
+
+def test_all_that_training_on_mindspore_lacks_is_named_at_once(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("matplotlib", "mindspore", "yaml"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "visualglm.yaml_file", raising=False)
+    error = invoke("finetune", CONFIGS / "lora.yaml", "--output", tmp_path / "out", "--backend", "mindspore").error
+    assert (
+        "Training with MindSpore needs matplotlib, mindspore, pyyaml; "
+        "`pip install 'visualglm[mindspore]'` adds what is missing."
+    ) in error
+
+
+@pytest.mark.parametrize(
+    ("before", "installed", "taken"),
+    [
+        ("mindspore", ("mindspore", "torch"), "mindspore"),
+        ("mindspore", ("torch",), "torch"),
+        ("torch", ("mindspore",), "mindspore"),
+        ("torch", ("mindspore", "torch"), "torch"),
+        (None, ("mindspore", "torch"), "torch"),
+        (None, ("mindspore",), "mindspore"),
+        (None, (), "torch"),
+        ("another", ("torch",), "torch"),
+    ],
+)
+def test_a_run_goes_on_with_the_library_that_computed_before(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    before: str | None,
+    installed: tuple[str, ...],
+    taken: str,
+) -> None:
+    if before:
+        (tmp_path / "backend.txt").write_text(f"{before}\n", "utf-8")
+    monkeypatch.setattr(finetune, "find_spec", lambda name: name in installed)
+    assert finetune._default_backend(tmp_path, resume=True, messages=Messages()) == taken
+    is_told = "mindspore" in (before, taken)
+    assert capsys.readouterr().err == (f"--backend is not given, and is {taken}.\n" if is_told else "")

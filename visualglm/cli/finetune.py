@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Literal
+from typing import Annotated, get_args
 
 from typer import Argument, Exit, Option
 
@@ -16,9 +17,11 @@ from visualglm.cli.messages import Messages
 from visualglm.cli.options import Quiet
 from visualglm.errors import ConfigError
 from visualglm.loading import BUILTIN_NOTICE
+from visualglm.training.engine import TrainingBackend
 from visualglm.training.launch import faults_told_once, launch
 from visualglm.training.recipe import FinetuneRecipe, Precision
 from visualglm.training.recipe_file import RECIPE_NAME, read_recipe, recipe_to_yaml
+from visualglm.training.run_folder import RunFolder
 
 _RECIPE = "Recipe"
 # What torchrun, msrun, and those who start the processes of a rank table, call the number of a process.
@@ -119,7 +122,9 @@ def finetune(
     recipe: Annotated[
         Path | None, Argument(metavar="RECIPE", help="A YAML file such as configs/lora.yaml, or one of MindFormers.")
     ] = None,
-    backend: Annotated[Literal["torch", "mindspore"], Option(help="What computes.")] = "torch",
+    backend: Annotated[
+        TrainingBackend | None, Option(help="What computes; else torch, or with --resume what did so before.")
+    ] = None,
     device: Annotated[
         str, Option(metavar="NAME", help="auto, cpu; torch: cuda, cuda:1, npu; mindspore: ascend, ascend:1.")
     ] = "auto",
@@ -133,15 +138,17 @@ def finetune(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a model on your own pictures (needs the extra "train"); --train and --output are enough.
+    """Train a model on your own pictures (needs the extra "train" or "mindspore"); --train and --output are enough.
 
     On several machines: torchrun … -m visualglm.cli finetune …, or accelerate launch, the same in each; with
     --backend mindspore msrun, or a rank table.
     """
     # torchrun starts many of these, and one says it all.
     messages = Messages(quiet or _rank() != "0")
+    if backend is None:
+        backend = _default_backend(output, resume=resume, messages=messages)
     way = _Way(backend, device, graph_mode, resume)
-    with faults_told_once(), needs_training():
+    with faults_told_once(), needs_training(backend):
         settings = recipe_options.settings()
         source = _source(recipe, output, resume=resume, given=bool(settings))
         chosen = read_recipe(source, settings, tell=messages.tell)
@@ -157,7 +164,7 @@ def finetune(
 class _Way:
     """How a run is to be done, whatever its recipe says."""
 
-    backend: Literal["torch", "mindspore"]
+    backend: TrainingBackend
     device: str
     graph_mode: int
     resume: bool
@@ -171,6 +178,17 @@ class _Way:
 def _rank() -> str:
     """Which process of a run this is, as torchrun, msrun or whoever starts those of a rank table says it."""
     return next((os.environ[name] for name in _RANKS if name in os.environ), "0")
+
+
+def _default_backend(output: Path, *, resume: bool, messages: Messages) -> TrainingBackend:
+    """What computed last in a run to go on with, or else torch; but one that is installed, if any is."""
+    before = RunFolder(output).backend if resume else None
+    known: tuple[TrainingBackend, ...] = get_args(TrainingBackend)
+    wanted = (before, *known) if before else known
+    found = next((name for name in wanted if find_spec(name)), wanted[0])
+    if {before, found} - {None, "torch"}:
+        messages.tell(f"--backend is not given, and is {found}.")
+    return found
 
 
 def _source(recipe: Path | None, output: Path, *, resume: bool, given: bool) -> Path | None:

@@ -98,7 +98,7 @@ def finetune(
     folder = RunFolder(output)
     with engine.faults_named(), _disk_named(output):
         engine.processes.first_does(lambda: folder.require_free(resume=resume))
-        _Run(recipe, folder, engine, (ui or Silent()) if engine.processes.rank == 0 else Silent()).run()
+        _Run(recipe, folder, backend, engine, (ui or Silent()) if engine.processes.rank == 0 else Silent()).run()
     engine.processes.leave()
     return folder.adapter
 
@@ -152,9 +152,12 @@ def _require_no_adapter(path: Path) -> None:
 class _Run:
     """One process of a run."""
 
-    def __init__(self, recipe: FinetuneRecipe, folder: RunFolder, engine: TrainingEngine, ui: RunUI) -> None:
+    def __init__(
+        self, recipe: FinetuneRecipe, folder: RunFolder, backend: TrainingBackend, engine: TrainingEngine, ui: RunUI
+    ) -> None:
         self.recipe = recipe
         self.folder = folder
+        self.backend = backend
         self.engine = engine
         self.processes = engine.processes
         self.is_first = engine.processes.rank == 0
@@ -172,7 +175,7 @@ class _Run:
         with_encoder = self.trains_image or (planned.has_images and not self.encodes_first)
         memory = self._require_memory(planned.longest, with_encoder)
         with self._held_folder():
-            self.processes.first_does(lambda: self.folder.begin(self.recipe))
+            self.processes.first_does(lambda: self.folder.begin(self.recipe, self.backend))
             data = self._data(planned)
             tuned = self._load(with_encoder)
             self._show(tuned, memory, data)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from visualglm.checkpoint.files import replace_file
 from visualglm.errors import ConfigError
+from visualglm.training.engine import TrainingBackend
 from visualglm.training.recipe import FinetuneRecipe
 from visualglm.training.recipe_file import RECIPE_NAME, recipe_to_yaml
 
@@ -48,6 +50,19 @@ class RunFolder:
     def recipe(self) -> Path:
         return self.path / RECIPE_NAME
 
+    @property
+    def backend(self) -> TrainingBackend | None:
+        """What computed last in it, if that is known."""
+        try:
+            written = self._backend.read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+        return next((known for known in get_args(TrainingBackend) if known == written), None)
+
+    @property
+    def _backend(self) -> Path:
+        return self.path / "backend.txt"
+
     def require_free(self, *, resume: bool) -> None:
         """Raises `ConfigError` if there is a run in the folder and it is not to be resumed, or the folder is a file."""
         if self.path.exists() and not self.path.is_dir():
@@ -56,7 +71,8 @@ class RunFolder:
         if found is not None and not resume:
             raise ConfigError(f"{self.path} holds a run already; --resume goes on with it, or give another folder.")
 
-    def begin(self, recipe: FinetuneRecipe) -> None:
+    def begin(self, recipe: FinetuneRecipe, backend: TrainingBackend) -> None:
         """Make what is not there yet; raises `OSError`."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         replace_file(self.recipe, [recipe_to_yaml(recipe).encode()])
+        replace_file(self._backend, [f"{backend}\n".encode()])
