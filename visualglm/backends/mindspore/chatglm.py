@@ -59,7 +59,6 @@ class ChatGLMAttention(nn.Cell):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.width = config.hidden_size
         self.num_heads = config.num_attention_heads
         self.qkv = nn.Dense(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Dense(config.hidden_size, config.hidden_size)
@@ -68,9 +67,9 @@ class ChatGLMAttention(nn.Cell):
         self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, past: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """past: nothing, or the cached keys and values, to which `bias` belongs then. Keys and values of x go out."""
-        q, k, v = ops.split(self.qkv(x), self.width, axis=-1)
-        q, k, v = split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        heads = self.num_heads
+        turning, v = ops.split(split_heads(self.qkv(x), 3 * heads), (2 * heads, heads), axis=1)
+        q, k = ops.split(rotate(turning, cos, sin), heads, axis=1)
         attended = attend_beside(q, k, v, past[0], past[1], bias) if past else attend(q, k, v, bias)
         return self.proj(merge_heads(attended)), k, v
 

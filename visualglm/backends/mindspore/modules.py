@@ -86,15 +86,13 @@ class SelfAttention(nn.Cell):
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        self.width = width
         self.num_heads = num_heads
         self.qkv = nn.Dense(width, 3 * width)
         self.proj = nn.Dense(width, width)
 
     def construct(self, x: Tensor) -> Tensor:
-        q, k, v = ops.split(self.qkv(x), self.width, axis=-1)
-        heads = self.num_heads
-        return self.proj(merge_heads(attend(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads))))
+        q, k, v = ops.split(split_heads(self.qkv(x), 3 * self.num_heads), self.num_heads, axis=1)
+        return self.proj(merge_heads(attend(q, k, v)))
 
 
 class MLP(nn.Cell):
