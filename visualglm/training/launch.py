@@ -77,6 +77,15 @@ def faults_told_once() -> Iterator[None]:
         raise SystemExit(1) from error
 
 
+def leave_fault(sentence: str) -> None:
+    """Leave it to the launcher to tell why this process ends; without one it is told here."""
+    path = os.environ.get(_FAULT)
+    if path is None:
+        sys.stderr.write(f"visualglm: error: {sentence}\n")
+    else:
+        Path(path).write_text(sentence, "utf-8")
+
+
 def die_with_launcher() -> None:
     """End this process soon after the one that launched it, if one did and it should be killed."""
     launcher = os.environ.get(_LAUNCHER)

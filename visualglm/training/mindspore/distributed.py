@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,14 +22,17 @@ from mindspore import Tensor, communication, ops
 from visualglm.backends.mindspore.load import CPU
 from visualglm.errors import DeviceError, VisualGLMError
 from visualglm.training.launch import die_with_launcher
+from visualglm.training.mindspore.scheduler import Scheduler
 
 T = TypeVar("T")
 
 # By what others than this package tell a process where it belongs.
-_MSRUN, _RANK_TABLE = "MS_ROLE", "RANK_TABLE_FILE"
+_MSRUN, _RANK_TABLE, _MSRUN_COUNT = "MS_ROLE", "RANK_TABLE_FILE", "MS_WORKER_NUM"
 # How the exchange begins to complain when another process is gone.
 _LOST = ("timed out", "Timed out", "Connection", "AllReduce", "collective", "HCCL")
 _LONGEST_MESSAGE = 512
+# What MindSpore is to wait for processes that do not come, in seconds; as long as under msrun.
+_LONGEST_WAIT = "600"
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,14 @@ class Processes:
     links: in the first process the connections to all others by rank, in the others the one to the first. MindSpore's
     own exchange gives up on a CPU when a process comes half a minute late, which may be encoding pictures; these wait,
     and notice at once who is gone.
+    scheduler: by which they met, where this process started it.
     """
 
     rank: int
     world_size: int
     device_name: str
     links: tuple[Connection, ...] = ()
+    scheduler: Scheduler | None = None
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -83,6 +86,8 @@ class Processes:
         self.wait()
         for link in self.links:
             link.close()
+        if self.scheduler:
+            self.scheduler.leave()
         if self.world_size > 1:
             communication.release()
 
@@ -104,11 +109,13 @@ def join_processes(device_name: str) -> Processes:
     The device must have been chosen before.
     """
     die_with_launcher()
-    if "WORLD_SIZE" in os.environ and _MSRUN not in os.environ and _RANK_TABLE not in os.environ:
-        _meet_like_torchrun()
-    if _MSRUN not in os.environ and _RANK_TABLE not in os.environ:
+    scheduler = None
+    if "WORLD_SIZE" in os.environ and not _is_set(_MSRUN) and not _is_set(_RANK_TABLE):
+        scheduler = _meet_like_torchrun()
+    if not _is_set(_MSRUN) and not _is_set(_RANK_TABLE):
+        _require_alone()
         return Processes(0, 1, device_name)
-    if _MSRUN not in os.environ and device_name == CPU:
+    if not _is_set(_MSRUN) and device_name == CPU:
         raise DeviceError(
             f"A rank table ({_RANK_TABLE}) is one of Ascend devices, and this process computes on the CPU; "
             "unset it, or give --device ascend."
@@ -117,13 +124,26 @@ def join_processes(device_name: str) -> Processes:
     try:
         communication.init()
         rank, world_size = communication.get_rank(), communication.get_group_size()
-        return Processes(rank, world_size, device_name, _linked(rank, world_size))
+        return Processes(rank, world_size, device_name, _linked(rank, world_size), scheduler)
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).partition("\n")[0].strip()
+        reason = str(error).partition("\n")[0].partition(". ")[0].strip().rstrip(".")
         raise DeviceError(
             f"The processes of the run did not find each other ({reason}); start all of them, with the same "
             "MS_SCHED_HOST and MS_SCHED_PORT, or the same rank table."
         ) from error
+
+
+def _is_set(name: str) -> bool:
+    return bool(os.environ.get(name))
+
+
+def _require_alone() -> None:
+    count = os.environ.get(_MSRUN_COUNT, "")
+    if count not in ("", "1"):
+        raise DeviceError(
+            f"{_MSRUN_COUNT} is {count} and {_MSRUN} is not set, so that this process does not know its place in the "
+            f"run; start it with msrun, or unset {_MSRUN_COUNT}."
+        )
 
 
 def local_rank() -> int:
@@ -180,14 +200,15 @@ def _end_quietly() -> None:
         os.dup2(nowhere.fileno(), 2)
 
 
-def _meet_like_torchrun() -> None:
-    """Tell MindSpore what torchrun's variables say. Its cluster wants one more process, by which all others meet."""
+def _meet_like_torchrun() -> Scheduler | None:
+    """Tell MindSpore what torchrun's variables say.
+
+    Its cluster wants one more process, by which all others meet: the first starts it, and gets it.
+    """
     count, rank = os.environ["WORLD_SIZE"], os.environ["RANK"]
     if count == "1":
-        return
+        return None
     place = {"MS_SCHED_HOST": os.environ["MASTER_ADDR"], "MS_SCHED_PORT": os.environ["MASTER_PORT"]}
+    os.environ.setdefault("MS_TOPO_TIMEOUT", _LONGEST_WAIT)
     os.environ.update(place, MS_WORKER_NUM=count, MS_NODE_ID=rank, MS_ROLE="MS_WORKER")
-    if rank == "0":
-        environment = {**os.environ, "MS_ROLE": "MS_SCHED"}
-        command = [sys.executable, "-P", "-m", "visualglm.training.mindspore.scheduler"]
-        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return Scheduler({**os.environ, "MS_ROLE": "MS_SCHED"}) if rank == "0" else None
