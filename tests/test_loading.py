@@ -241,6 +241,7 @@ NEEDS_EXPORT = (
     [
         (("torch", "onnx"), "torch", f"DeviceError {NEEDS_TORCH}"),
         (("torch", "onnx"), "auto", f"DeviceError {NEEDS_EXPORT}"),
+        (("onnx",), "onnx", f"DeviceError {NEEDS_EXPORT[:-1]}; or give --backend torch, which is here."),
         (("onnx",), "auto", "torch on cpu, float32"),
         (("torch",), "auto", "onnx on cpu, fp32"),
     ],

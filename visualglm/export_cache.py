@@ -85,8 +85,14 @@ def require_export_tools(model: Path | None = None) -> None:
         needed = "An export" if model is None else f"{model} has no export for ONNX Runtime yet; making one"
         raise DeviceError(
             f"{needed} needs the package onnx; run `pip install 'visualglm[export]'`, "
-            "or on another machine `visualglm export MODEL OUT`."
+            f"or on another machine `visualglm export MODEL OUT`{_others() if model else ''}."
         )
+
+
+def _others() -> str:
+    """What else could run the model here."""
+    installed = [name for name in ("torch", "mindspore") if find_spec(name) is not None]
+    return f"; or give --backend {' or '.join(installed)}, which is here" if installed else ""
 
 
 def _place(directory: ModelDirectory, precision: Precision) -> Path:

@@ -171,8 +171,9 @@ def choose(
 ) -> Choice:
     """Find what lies at `path` (None: the built-in model) and decide what runs it.
 
-    "auto" is torch on a GPU and onnx on a CPU. A model directory that onnx is to run is exported by `exporter`:
-    once, into the cache. `exporting` gives the context in which the progress of that is shown.
+    "auto" is torch on a GPU and onnx on a CPU, and mindspore for "ascend" and where neither is to be had. A directory
+    that onnx is to run is exported by `exporter`: once, into the cache. `exporting` gives the context in which the
+    progress of that is shown.
     adapters: folders by the names they are to have, the first to be used. onnx and mindspore take one, which is merged
     for them; where there are several, or learned prefixes, "auto" is torch.
     graph_mode: a `GraphMode`; None: 0 for mindspore, and the others have none.
@@ -207,9 +208,9 @@ def choose(
         raise DeviceError(f"The {backend} backend cannot run {only_torch}; give --backend torch.")
     if only_torch and dtype in _QUANTIZED:
         raise DeviceError(f"The onnx backend has {dtype}, and cannot run {only_torch}; leave --dtype out.")
-    if backend == "mindspore":
-        return _on_mindspore(directory, opened, device, dtype, name, graph_mode)
     export = _Export(directory, opened, _precision(directory, dtype), is_builtin=path is None)
+    if backend == "mindspore" or (backend == "auto" and _is_for_mindspore(device, dtype, export)):
+        return _on_mindspore(directory, opened, device, dtype, name, graph_mode)
     if _use_torch(backend, device, dtype, export):
         _require_torch(dtype)
         return Choice(directory, "torch", device, dtype, name, directory.tokenizer_path, opened)
@@ -308,6 +309,15 @@ def _precision(directory: ModelDirectory, dtype: str) -> Precision:
     if dtype in _PRECISIONS:
         return _PRECISIONS[dtype]
     return "fp32" if directory.manifest.parameter_count < _SMALL_MODEL else "int8"
+
+
+def _is_for_mindspore(device: str, dtype: str, export: _Export) -> bool:
+    """Whether the device is MindSpore's, or nothing else that is installed can run the model."""
+    if device.partition(":")[0] == "ascend":
+        return True
+    if dtype in _QUANTIZED or device not in ("auto", "cpu") or find_spec("torch") or not find_spec("mindspore"):
+        return False
+    return dtype in _HALVES or not export.can_be_had
 
 
 def _use_torch(backend: str, device: str, dtype: str, export: _Export) -> bool:

@@ -45,7 +45,7 @@ def flat_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     """All keys with a value of their own, as paths such as `lr_schedule.type`; raises `ConfigError` for too many."""
     keys = dict(islice(_flatten(values), _MOST_KEYS + 1))
     if len(keys) > _MOST_KEYS:
-        raise ConfigError(f"The recipe has more than {_MOST_KEYS:,} keys, which none of MindFormers has.")
+        raise ConfigError(f"The YAML has more than {_MOST_KEYS:,} keys, which none of MindFormers has.")
     return keys
 
 
@@ -60,7 +60,7 @@ def reason_for(key: str, reasons: Mapping[str, str]) -> str:
 def _flatten(values: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """All keys with a value of their own, as paths; of a list of things that have a `type` by that."""
     if depth > _DEEPEST:
-        raise ConfigError(f"The recipe nests keys more than {_DEEPEST} deep at {readable(prefix)}; mend that.")
+        raise ConfigError(f"The YAML nests keys more than {_DEEPEST} deep at {readable(prefix)}; mend that.")
     for name, value in values.items():
         key = f"{prefix}{name}"
         typed = isinstance(value, list) and value and all(isinstance(one, dict) and "type" in one for one in value)

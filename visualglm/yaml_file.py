@@ -25,22 +25,25 @@ class _Loader(yaml.SafeLoader):
         return values
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that is a YAML file. Raises `ConfigError` if it cannot be read, or holds anything else."""
+def read_yaml(path: Path, what: str = "The recipe") -> dict[str, Any]:
+    """The mapping that is a YAML file. Raises `ConfigError` if it cannot be read, or holds anything else.
+
+    what: the words for it in errors.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(_LARGEST_BYTES + 1)
         if len(content) > _LARGEST_BYTES:
-            raise ConfigError(f"{path} is larger than 1 MiB, which no recipe is; give a recipe, a YAML file.")
+            raise ConfigError(f"{what} {path} is larger than 1 MiB, which none is; give a YAML file.")
         values = yaml.load(content.decode("utf-8-sig"), _Loader)
     except OSError as error:
-        raise ConfigError(f"The recipe {path} cannot be read ({error.strerror}); give a YAML file.") from error
+        raise ConfigError(f"{what} {path} cannot be read ({error.strerror}); give a YAML file.") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"The recipe {path} is no valid YAML ({_reason(error)}); mend that.") from error
+        raise ConfigError(f"{what} {path} is no valid YAML ({_reason(error)}); mend that.") from error
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"The recipe {path} does not hold keys and values; see configs/lora.yaml for one that does.")
+        raise ConfigError(f"{what} {path} does not hold keys and values; see configs/lora.yaml for a file that does.")
     return values
 
 

@@ -110,12 +110,40 @@ def test_the_options_are_those_of_the_answer(tmp_path: Path, invoke: Invoke) -> 
         ("top_p: 0.7", "top_p: [1]", "text_config.top_p is [1], which is no number; mend that."),
         ("mode: 1", "mode: 2", "context.mode is 2, which is no mode: 0 compiles graphs, 1 runs operators one by one"),
         ("Ascend", "[0]", "context.device_target is [0], which is no name of a device"),
+        ("Ascend", "GPU", "context.device_target is 'GPU', and it can be Ascend or CPU here; mend that"),
+        ("device_id: 3", "device_id: -1", "context.device_id is -1, and cards are counted from 0; mend that"),
     ],
 )
 def test_a_value_of_another_kind_is_named(tmp_path: Path, old: str, new: str, told: str) -> None:
     with pytest.raises(ConfigError) as caught:
         _both(_written(tmp_path, old, new), ModelOptions(backend="mindspore"))
     assert told in str(caught.value)
+
+
+def test_a_card_is_taken_for_an_export_as_mindir_too(tmp_path: Path) -> None:
+    path = _written(tmp_path)
+    options = _both(path, ModelOptions(backend="mindir", quiet=True))[0]
+    assert (options.device, options.device_id, options.graph_mode) == ("ascend", 3, None)
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export/manifest.json").write_text('{"format": "visualglm-mindir"}', "utf-8")
+    options = _both(path, ModelOptions(model=tmp_path / "export", quiet=True))[0]
+    assert (options.device, options.device_id) == ("ascend", 3)
+
+
+def test_a_device_is_named_in_letters_of_either_case() -> None:
+    options = ModelOptions(backend="mindspore", device="Ascend", device_id=1)
+    assert options.runtime()["device"] == "ascend:1"
+    assert replace(options, device="auto").runtime()["device"] == "auto:1"
+
+
+@pytest.mark.parametrize(("content", "told"), [(None, "cannot be read"), ("a: [", "is no valid YAML")])
+def test_a_file_that_cannot_be_read_is_no_recipe(
+    tmp_path: Path, invoke: Invoke, content: str | None, told: str
+) -> None:
+    path = tmp_path / "some.yaml"
+    if content is not None:
+        path.write_text(content, "utf-8")
+    assert f"The file {path} {told}" in invoke("ask", "hello", "--config", path).error
 
 
 def test_another_yaml_is_refused(tmp_path: Path, invoke: Invoke) -> None:

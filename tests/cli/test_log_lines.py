@@ -31,9 +31,13 @@ def test_a_run_that_goes_on_begins_where_it_was() -> None:
     ]
 
 
-@pytest.mark.parametrize(("seconds", "total", "count"), [(0.01, 100, 0), (0.1, 50, 2), (40.0, 5, 5)])
+@pytest.mark.parametrize(("seconds", "total", "count"), [(0.01, 100, 0), (0.1, 50, 3), (40.0, 5, 5)])
 def test_short_work_has_few_lines(seconds: float, total: int, count: int) -> None:
     assert len(lines_of(seconds, total)) == count
+
+
+def test_what_has_begun_to_be_told_is_told_to_its_end() -> None:
+    assert lines_of(0.1, 50)[-1] == "training: 50 of 50, loss 0.0200"
 
 
 def test_a_day_has_a_line_soon_and_not_many() -> None:

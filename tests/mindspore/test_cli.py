@@ -8,7 +8,7 @@ import pytest
 import visualglm
 from tests.adapters import write_random_adapter
 from tests.cli.program import Outcome, finish, spawn
-from visualglm.loading import BUILTIN_NOTICE, builtin_path
+from visualglm.loading import BUILTIN_NOTICE, builtin_path, choose
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 QUESTION = "图里有什么？"
@@ -47,11 +47,20 @@ def test_quiet_is_quiet(expected):
         ),
         (("--device", "cpu", "--dtype", "bfloat16"), "MindSpore has no bfloat16 on a CPU; give --dtype float32"),
         (("--dtype", "int4"), "The mindspore backend has no int4; give --backend onnx, or another precision."),
-        (("--device-id", 1), "--device-id is 1 and --device is auto; name the device, such as cuda or ascend"),
+        (("--device-id", 1), "The device 'auto:1' is not there: MindSpore sees no Ascend card"),
+        (("--device", "Ascend:1"), "The device 'ascend:1' cannot be used by the installed MindSpore 2.10"),
     ],
 )
 def test_what_is_not_to_be_had(options, message):
     assert message in run("ask", "-q", "--backend", "mindspore", *options, QUESTION).error
+
+
+def test_it_is_taken_where_nothing_else_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VISUALGLM_CACHE", str(tmp_path))
+    monkeypatch.setattr("visualglm.loading.find_spec", lambda name: name if name == "mindspore" else None)
+    assert choose(builtin_path(), backend="auto", device="auto", dtype="auto").backend == "mindspore"
+    assert choose(None, backend="auto", device="auto", dtype="auto").backend == "onnx"
+    assert choose(None, backend="auto", device="ascend:1", dtype="auto").backend == "mindspore"
 
 
 def test_an_adapter_is_merged(tmp_path: Path):

@@ -147,7 +147,7 @@ def finetune(
     messages = Messages(quiet or _rank() != "0")
     if backend is None:
         backend = _default_backend(output, resume=resume, messages=messages)
-    way = _Way(backend, device, graph_mode, resume)
+    way = _Way(backend, device.lower(), graph_mode, resume)
     with faults_told_once(), needs_training(backend):
         settings = recipe_options.settings()
         source = _source(recipe, output, resume=resume, given=bool(settings))

@@ -14,7 +14,10 @@ _FIRST_WAIT_SECONDS = 30.0
 
 
 class LogLines:
-    """A line for every tenth of the way: what is done, the note, and how long the rest takes."""
+    """A line for every tenth of the way: what is done, the note, and how long the rest takes.
+
+    Where there was one at all, there is one at the end too.
+    """
 
     def __init__(self, title: str, tell: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic) -> None:
         self._title = title
@@ -22,6 +25,7 @@ class LogLines:
         self._clock = clock
         self._told = clock()
         self._part = 0
+        self._has_told = False
         self._wait = _FIRST_WAIT_SECONDS
         self._start: tuple[float, int] | None = None
 
@@ -35,9 +39,10 @@ class LogLines:
         part = done * _PARTS // max(1, total)
         since = now - self._told
         is_late = since > self._wait
-        if is_late or (part > self._part and since > _LEAST_SECONDS):
+        is_end = self._has_told and done >= total
+        if is_late or (part > self._part and (since > _LEAST_SECONDS or is_end)):
             self._wait *= 2 if is_late else 1
-            self._told, self._part = now, part
+            self._told, self._part, self._has_told = now, part, True
             self._tell(
                 f"{self._title}: {done:,} of {total:,}{', ' if note else ''}{note}{self._left(now, done, total)}"
             )

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar
 
+from visualglm.checkpoint.mindir_dir import is_mindir_directory
 from visualglm.cli.messages import Messages
 from visualglm.cli.options import GenerationOptions, ModelOptions
 from visualglm.errors import ConfigError
@@ -20,7 +21,9 @@ _SAMPLING = {f"{_TEXT}{name}": name for name in ("top_k", "top_p")}
 _ANSWERS = {f"{_TEXT}repetition_penalty": "repetition_penalty", "seed": "seed"}
 _DO_SAMPLE = f"{_TEXT}do_sample"
 _DEVICE_ID = "context.device_id"
-_CONTEXT = {"context.device_target": "device", _DEVICE_ID: "device_id", "context.mode": "graph_mode"}
+_DEVICE = {"context.device_target": "device", _DEVICE_ID: "device_id"}
+_MODE = {"context.mode": "graph_mode"}
+_TARGETS = ("ascend", "cpu")
 _KINDS: dict[str, tuple[type | UnionType, str]] = {
     "device": (str, "name of a device"),
     "graph_mode": (int, "mode: 0 compiles graphs, 1 runs operators one by one"),
@@ -29,10 +32,11 @@ _KINDS: dict[str, tuple[type | UnionType, str]] = {
 }
 
 _GREEDY = "do_sample is false, and answers are the likeliest"
+_GRAPHS = "an export as MindIR is graphs already"
 _GIVEN = "the command line says otherwise"
 # Why a key is ignored; the first pattern that fits.
 _REASONS = {
-    " ".join(_CONTEXT): "it is about MindSpore, which --backend mindspore takes",
+    " ".join(_MODE | _DEVICE): "it is about MindSpore, which --backend mindspore takes",
     "load_checkpoint *checkpoint_name_or_path *vocab_file": (
         "weights and tokenizer come from the model directory that --model names"
     ),
@@ -60,15 +64,17 @@ def with_config(
     samples = keys.get(_DO_SAMPLE, True)
     answers = _ANSWERS | (_SAMPLING if samples else {})
     generation = _taken(generation, answers, keys, done)
-    if options.backend == "mindspore":
+    is_mindir = _is_mindir(options)
+    if is_mindir or options.backend == "mindspore":
         if options.device != "auto" and keys.get(_DEVICE_ID) is not None:
             # The number is that of the file's device.
             done.ignored[_DEVICE_ID] = _GIVEN
             del keys[_DEVICE_ID]
-        options = _taken(options, _CONTEXT, keys, done)
+        options = _taken(options, _DEVICE if is_mindir else _MODE | _DEVICE, keys, done)
     if _DO_SAMPLE in keys:
         done.taken[_DO_SAMPLE] = "--top-k, --top-p"
-    reasons = _REASONS if samples else {" ".join(_SAMPLING): _GREEDY} | _REASONS
+    reasons = ({} if samples else {" ".join(_SAMPLING): _GREEDY}) | ({" ".join(_MODE): _GRAPHS} if is_mindir else {})
+    reasons |= _REASONS
     for key in keys:
         if key not in done.taken:
             done.ignored.setdefault(key, reason_for(key, reasons))
@@ -77,12 +83,18 @@ def with_config(
     return options, generation
 
 
+def _is_mindir(options: ModelOptions) -> bool:
+    """Whether an export for MindSpore is to be run, which by itself says so."""
+    found = options.model is not None and is_mindir_directory(options.model)
+    return options.backend == "mindir" or (options.backend == "auto" and found)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         from visualglm.yaml_file import read_yaml
     except ModuleNotFoundError as error:
         raise ConfigError(f"Reading {path} needs PyYAML; `pip install pyyaml` adds it.") from error
-    values = read_yaml(path)
+    values = read_yaml(path, "The file")
     if not is_mindformers(values):
         raise ConfigError(
             f"{path} is no YAML of MindFormers, which is what --config takes; give everything else as options."
@@ -110,4 +122,8 @@ def _checked(key: str, name: str, value: object) -> object:
     fits = isinstance(value, kind) and not isinstance(value, bool)
     if not fits or (name == "graph_mode" and value not in (0, 1)):
         raise ConfigError(f"{key} is {brief(value)}, which is no {what}; mend that.")
+    if name == "device" and str(value).lower() not in _TARGETS:
+        raise ConfigError(f"{key} is {brief(value)}, and it can be Ascend or CPU here; mend that, or give --device.")
+    if name == "device_id" and isinstance(value, int) and value < 0:
+        raise ConfigError(f"{key} is {value}, and cards are counted from 0; mend that, or give --device-id.")
     return value.lower() if isinstance(value, str) else value

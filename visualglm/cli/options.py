@@ -73,9 +73,9 @@ class ModelOptions:
 
     def runtime(self) -> dict[str, Any]:
         """What computes, as `choose` takes it; raises `ConfigError` if the device is told in two ways."""
-        device = self.device
+        device = self.device.lower()
         if self.device_id is not None:
-            if device == "auto" or ":" in device:
+            if (device == "auto" and self.backend != "mindspore") or ":" in device:
                 raise ConfigError(
                     f"--device-id is {self.device_id} and --device is {device}; name the device, such as cuda or "
                     "ascend, without a number."

@@ -66,15 +66,17 @@ def load_mindspore_backend(
 
 
 def find_device(name: str) -> Device:
-    """The device of that name; "auto" is the first Ascend processor, or else the CPU. Raises `DeviceError`."""
-    if name == "auto":
-        return Device("ascend" if ms.hal.is_available("Ascend") else CPU)
+    """The device of that name; "auto" is the first Ascend processor, "auto:1" the second, and either the CPU where
+    there is none. Raises `DeviceError`."""
     found = _DEVICE.fullmatch(name)
     if found is None:
         raise DeviceError(f"The device {name!r} is unknown to the mindspore backend; give auto, cpu or ascend.")
-    if found[1] == CPU and int(found[2] or 0):
-        raise DeviceError(f"The device {name!r} is not there: the CPU is one device; leave --device-id out.")
-    return Device(found[1], int(found[2] or 0))
+    is_auto, index = found[1] == "auto", int(found[2] or 0)
+    kind = found[1] if not is_auto else "ascend" if ms.hal.is_available("Ascend") else CPU
+    if kind == CPU and index:
+        why = "MindSpore sees no Ascend card, and the CPU is one device" if is_auto else "the CPU is one device"
+        raise DeviceError(f"The device {name!r} is not there: {why}; leave the number out.")
+    return Device(kind, index)
 
 
 def use_device(name: str) -> Device:
