@@ -28,7 +28,7 @@ _OPERATORS = {
     *("ExpandDims", "Gather", "GeLU", "GreaterEqual", "LayerNorm", "LessScalar", "Load", "LogicalAnd"),
     *("LogicalNot", "MakeTuple", "MatMul", "MatMulExt", "Mul", "Muls", "Neg", "Reshape", "Select", "Softmax"),
     *("Split", "StridedSlice", "Sub", "TensorScatterElements", "TensorScatterUpdate", "Transpose", "TupleGetItem"),
-    *("UpdateState"),
+    "UpdateState",
 }
 
 Part = tuple[int, int]

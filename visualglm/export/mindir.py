@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import chdir
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor, nn, ops
 
 from visualglm.backends.mindspore.joined import VisualGLMModel
@@ -24,12 +26,13 @@ from visualglm.checkpoint.mindir_dir import (
 from visualglm.checkpoint.model_dir import ModelDirectory
 from visualglm.checkpoint.progress import Report
 from visualglm.config import DType, VisualGLMConfig
-from visualglm.errors import CheckpointError, ConfigError
-from visualglm.memory import BYTES_PER_ELEMENT, available_memory, estimate_memory, require_memory
-from visualglm.parameters import parameter_shapes
+from visualglm.errors import CheckpointError, ConfigError, DeviceError
+from visualglm.memory import BYTES_PER_ELEMENT, available_memory, estimate_memory, gib_apart, require_memory
+from visualglm.parameters import Shape, parameter_shapes
 
 _DEFAULT_LENGTH = 512
 _DTYPES: dict[MindirPrecision, DType] = {"fp32": "float32", "fp16": "float16"}
+_CACHE_TYPES: dict[MindirPrecision, type[np.generic]] = {"fp32": np.float32, "fp16": np.float16}
 # The graphs themselves, without weights.
 _GRAPH_BYTES = 16_000_000
 
@@ -134,12 +137,13 @@ def export_mindir(
     """
     form, dtype = options.form(directory.config), _DTYPES[options.precision]
     use_device(CPU)
-    require_memory(estimate_memory(directory.config, dtype), available_memory(), "this machine")
+    _require_memory(directory.config, form, dtype)
 
     def fill(folder: Path) -> None:
         model = new_model(directory.config, directory.tensors, dtype).set_train(False)
         for name in form.graphs:
-            _write_graph(folder / form.folder(name), _cell(model, name, form), _inputs(directory.config, form, name))
+            inputs = [Tensor.from_numpy(np.zeros(*kind)) for kind in _inputs(directory.config, form, name)]
+            _write_graph(folder / form.folder(name), _cell(model, name, form), inputs)
 
     needed = expected_bytes(directory, form)
     return write_mindir_directory(output, directory, form, fill, needed_bytes=needed, force=force, report=report)
@@ -161,28 +165,46 @@ def _cell(model: VisualGLMModel, name: MindirGraph, form: MindirForm) -> nn.Cell
     return _FullGraph(model, form.use_past) if name == "full" else _IncrementalGraph(model)
 
 
-def _inputs(config: VisualGLMConfig, form: MindirForm, name: MindirGraph) -> Sequence[Tensor]:
-    """Tensors of the shapes and types that a graph takes."""
+def _require_memory(config: VisualGLMConfig, form: MindirForm, dtype: DType) -> None:
+    """Raises `DeviceError` unless there is room for the model, and for what its graphs take in."""
+    model, free = estimate_memory(config, dtype), available_memory()
+    require_memory(model, free, "this machine")
+    needed = max(_input_bytes(config, form, name) for name in form.graphs)
+    left = free - model.weights - model.working
+    if needed > left:
+        size, room = gib_apart(needed, left)
+        raise DeviceError(
+            f"{form.batch_size:,} rows of {form.seq_length:,} tokens take {size} of memory beside the model, and this "
+            f"machine has {room} left, which is enough for {left * form.batch_size // needed:,} rows; give a smaller "
+            "--batch-size, or a smaller --seq-length."
+        )
+
+
+def _input_bytes(config: VisualGLMConfig, form: MindirForm, name: MindirGraph) -> int:
+    return sum(prod(shape) * np.dtype(dtype).itemsize for shape, dtype in _inputs(config, form, name))
+
+
+def _inputs(config: VisualGLMConfig, form: MindirForm, name: MindirGraph) -> list[tuple[Shape, type[np.generic]]]:
+    """Shapes and types of what a graph takes."""
     text, batch, length = config.text, form.batch_size, form.seq_length
     if name == "vision_encoder":
         size = config.vision.image_size
-        return [ops.zeros((1, config.vision.in_channels, size, size), ms.float32)]
-    column = ops.zeros((1,), ms.int32)
+        return [((1, config.vision.in_channels, size, size), np.float32)]
     if name == "full":
         return [
-            ops.zeros((batch, length), ms.int32),
-            ops.zeros((batch, config.qformer.num_query_tokens, text.hidden_size), ms.float32),
-            ops.zeros((batch,), ms.int32),
-            ops.zeros((batch, 2, length), ms.int32),
-            ops.zeros((batch, 1, length, length), ms.bool_),
-            column,
+            ((batch, length), np.int32),
+            ((batch, config.qformer.num_query_tokens, text.hidden_size), np.float32),
+            ((batch,), np.int32),
+            ((batch, 2, length), np.int32),
+            ((batch, 1, length, length), np.bool_),
+            ((1,), np.int32),
         ]
-    cache = ops.zeros((batch, text.num_attention_heads, length, text.head_dim), getattr(ms, _DTYPES[form.precision]))
+    cache = (batch, text.num_attention_heads, length, text.head_dim), _CACHE_TYPES[form.precision]
     return [
-        ops.zeros((batch,), ms.int32),
-        ops.zeros((batch, 2, 1), ms.int32),
-        ops.zeros((batch, 1, 1, length), ms.bool_),
-        column,
+        ((batch,), np.int32),
+        ((batch, 2, 1), np.int32),
+        ((batch, 1, 1, length), np.bool_),
+        ((1,), np.int32),
         *[cache] * (2 * text.num_hidden_layers),
     ]
 
@@ -191,7 +213,9 @@ def _write_graph(folder: Path, cell: nn.Cell, inputs: Sequence[Tensor]) -> None:
     """Write a graph into a new folder; with its weights, unless they are so large that MindSpore puts them aside."""
     folder.mkdir()
     try:
-        ms.export(cell, *inputs, file_name=str(folder / RANK), file_format="MINDIR")
+        # It refuses names with a space or a letter beyond ASCII, in folders above too if it is told of them.
+        with chdir(folder):
+            ms.export(cell, *inputs, file_name=RANK, file_format="MINDIR")
     except RuntimeError as error:
         raise CheckpointError(
             f"MindSpore {ms.__version__} could not write the graph {folder.name} ({str(error).splitlines()[0]})."
