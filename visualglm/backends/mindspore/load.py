@@ -23,7 +23,7 @@ from visualglm.parameters import parameter_count
 
 CPU = "cpu"
 _TARGETS = {CPU: "CPU", "ascend": "Ascend"}
-_DEVICE = re.compile(r"(cpu|ascend)(?::(\d+))?")
+_DEVICE = re.compile(r"(auto|cpu|ascend)(?::(\d+))?")
 # Below this size exact float32 costs nothing worth saving, and threads cost more than they bring.
 _SMALL_MODEL = 100_000_000
 
