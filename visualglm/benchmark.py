@@ -34,6 +34,7 @@ from visualglm.loading import Choice, choose
 from visualglm.memory import BYTES_PER_ELEMENT
 from visualglm.parameters import parameter_count, parameter_shapes
 from visualglm.processing.layout import Layout, pad_batch
+from visualglm.signals import held_signals
 
 if TYPE_CHECKING:
     from visualglm.backends.mindspore.backend import MindSporeBackend
@@ -101,7 +102,8 @@ def measure_model(
     tell("reading the files once")
     warm_cache(path)
     # The library is imported before: that is no part of loading.
-    import_module(f"visualglm.backends.{choice.backend}.load")
+    with held_signals():
+        import_module(f"visualglm.backends.{choice.backend}.load")
     forget_peak_memory()
     start = time.perf_counter()
     again = choose(path, backend=choice.backend, device=choice.device, dtype=choice.dtype, graph_mode=choice.graph_mode)

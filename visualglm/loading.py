@@ -27,6 +27,7 @@ from visualglm.export_cache import Exporting, cached_export, is_cached
 from visualglm.memory import MemoryEstimate, estimate_memory
 from visualglm.model import VisualGLM
 from visualglm.processing.tokenizer import Tokenizer
+from visualglm.signals import held_signals
 
 BUILTIN_NAME = "visualglm-tiny"
 BUILTIN_NOTICE = (
@@ -113,7 +114,8 @@ class Choice:
 
             return load_mindir_backend(self.directory, self.device, threads)
         if self.backend == "mindspore":
-            from visualglm.backends.mindspore.load import load_mindspore_backend
+            with held_signals():
+                from visualglm.backends.mindspore.load import load_mindspore_backend
 
             compiled = self.graph_mode != 1
             return load_mindspore_backend(self.directory, self.device, self.dtype, compiled=compiled, threads=threads)

@@ -20,6 +20,7 @@ from visualglm.cli.options import Quiet
 from visualglm.errors import ConfigError
 from visualglm.export_cache import require_export_tools
 from visualglm.memory import gib
+from visualglm.signals import held_signals
 
 _ONNX, _MINDIR = "Rounding, with --format onnx", "Shape, with --format mindir"
 _Precision = Literal["int4", "int8", "fp16", "fp32"]
@@ -183,7 +184,8 @@ def _to_mindir(
     if precision == "int4" or precision == "int8":
         raise ConfigError(f"MindIR exports have no {precision}; give --precision fp32, or fp16 for Ascend.")
     prepare_mindspore("An export as MindIR")
-    from visualglm.export.mindir import MindirOptions, export_mindir
+    with held_signals():
+        from visualglm.export.mindir import MindirOptions, export_mindir
 
     options = MindirOptions(precision, shape.seq_length, shape.batch_size or 1, use_past)
     with messages.byte_progress("exporting") as report:

@@ -11,19 +11,28 @@ import warnings
 from collections.abc import Sequence
 from types import FrameType
 
-from visualglm.cli.main import EXIT_INTERRUPTED
+from visualglm.cli.main import EXIT_INTERRUPTED, EXIT_TERMINATED, STOPPED
 from visualglm.cli.output import discard, print_error, print_note
 from visualglm.errors import DISK_FULL, VisualGLMError
+from visualglm.signals import ENDING
 
-EXIT_ERROR, EXIT_FAULT, EXIT_TERMINATED = 1, 70, 143
-_STOPPED = {EXIT_INTERRUPTED: "interrupted", EXIT_TERMINATED: "terminated"}
+EXIT_ERROR, EXIT_FAULT = 1, 70
 DEBUG_VARIABLE = "VISUALGLM_DEBUG"
+_SOON = 0.01
 
 
 def end_in_order_on_sigterm() -> None:
     """From now on SIGTERM ends this process as Ctrl-C does, with nothing half-written; where ignored, it stays so."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _end)
+    if hasattr(signal, "setitimer"):
+        sys.unraisablehook = _come_again
+
+
+def end_whatever_comes() -> None:
+    """From now on Ctrl-C and SIGTERM change nothing: all is done or given up, and the interpreter is about to end."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def run(arguments: Sequence[str]) -> int | str | None:
@@ -74,7 +83,7 @@ def _run_command(arguments: Sequence[str]) -> int | str | None:
 
         command_table().main(list(arguments), prog_name="visualglm")
     except SystemExit as end:
-        return _stopped(end.code) if end.code in _STOPPED else end.code
+        return _stopped(end.code) if end.code in STOPPED else end.code
     finally:
         # Not left to the interpreter's end, where an error could no longer be told properly.
         sys.stdout.flush()
@@ -83,12 +92,27 @@ def _run_command(arguments: Sequence[str]) -> int | str | None:
 
 def _end(number: int, frame: FrameType | None) -> None:
     # It often comes twice, to a process and to its group: the second must not end the clearing up.
-    signal.signal(number, signal.SIG_IGN)
-    raise SystemExit(EXIT_TERMINATED)
+    if not _is_leaving(sys.exception()):
+        raise SystemExit(EXIT_TERMINATED)
+
+
+def _is_leaving(handled: BaseException | None) -> bool:
+    """Whether what is being handled, or what was when that came up, is the end of the program."""
+    return handled is not None and (isinstance(handled, SystemExit) or _is_leaving(handled.__context__))
+
+
+def _come_again(dropped: sys.UnraisableHookArgs) -> None:
+    """A signal whose exception Python had to drop, as in the midst of an import, is as good as not yet come."""
+    number = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(dropped.exc_type)
+    if number is None:
+        sys.__unraisablehook__(dropped)
+        return
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
+    signal.setitimer(signal.ITIMER_REAL, _SOON)
 
 
 def _stopped(code: int) -> int:
-    print_note(f"visualglm: {_STOPPED[code]}")
+    print_note(f"visualglm: {STOPPED[code]}")
     return code
 
 

@@ -11,6 +11,7 @@ from typer.main import get_command
 
 from visualglm import __version__
 from visualglm.cli.main import EXIT_INTERRUPTED
+from visualglm.signals import held_signals
 
 # The function `name` in the module `visualglm.cli.name`, with _ for -.
 COMMANDS = {
@@ -81,10 +82,12 @@ def _root(
 
 
 def _make_command(name: str) -> Any:
-    from visualglm.cli.options import spread
-
     symbol = name.replace("-", "_")
-    module = import_module(f"visualglm.cli.{symbol}")
+    # The threads of what is imported here are to leave signals to this one.
+    with held_signals():
+        from visualglm.cli.options import spread
+
+        module = import_module(f"visualglm.cli.{symbol}")
     app = typer.Typer(add_completion=False)
     app.command(name)(spread(getattr(module, symbol)))
     return get_command(app)

@@ -15,6 +15,7 @@ from visualglm.backends.mindspore.environment import prepare_mindspore
 from visualglm.checkpoint.model_dir import ModelDirectory
 from visualglm.checkpoint.progress import Report
 from visualglm.config import DType, VisualGLMConfig
+from visualglm.signals import held_signals
 from visualglm.training.batches import Batch, ReadAhead
 from visualglm.training.image_cache import Encode
 from visualglm.training.loop import Learner
@@ -129,7 +130,8 @@ def join_engine(backend: TrainingBackend, device: str, *, compiled: bool) -> Tra
     """
     if backend == "mindspore":
         prepare_mindspore()
-        from visualglm.training.mindspore.engine import MindSporeEngine
+        with held_signals():
+            from visualglm.training.mindspore.engine import MindSporeEngine
 
         return MindSporeEngine(device, compiled=compiled)
     from visualglm.training.torch.engine import TorchEngine

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from visualglm.backends.mindspore.load import use_device
 from visualglm.errors import CheckpointError
+from visualglm.signals import held_signals
 
 
 class MindSporeRuntime:
@@ -29,7 +30,8 @@ class MindSporeRuntime:
     def load(self, path: Path) -> _Graph:
         """Raises `CheckpointError` if MindSpore cannot read the graph."""
         try:
-            return _Graph(nn.GraphCell(ms.load(str(path))))
+            with held_signals():
+                return _Graph(nn.GraphCell(ms.load(str(path))))
         except (RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{path} cannot be loaded by MindSpore {ms.__version__}: it is damaged or was made by another version; "
@@ -44,7 +46,8 @@ class _Graph:
     def __call__(
         self, inputs: Sequence[NDArray[Any]], past: Sequence[Tensor] = ()
     ) -> tuple[NDArray[np.float32], Sequence[Tensor]]:
-        outputs = self._cell(*map(Tensor.from_numpy, inputs), *past)
-        first, *others = outputs if isinstance(outputs, tuple) else (outputs,)
-        array: NDArray[np.float32] = first.asnumpy()
+        with held_signals():
+            outputs = self._cell(*map(Tensor.from_numpy, inputs), *past)
+            first, *others = outputs if isinstance(outputs, tuple) else (outputs,)
+            array: NDArray[np.float32] = first.asnumpy()
         return array, others

@@ -11,6 +11,7 @@ from visualglm.backends.mindir.backend import Graph, MindirBackend
 from visualglm.backends.mindspore.environment import prepare_mindspore
 from visualglm.checkpoint.mindir_dir import MindirDirectory
 from visualglm.memory import available_memory, require_memory
+from visualglm.signals import held_signals
 
 _LITE = "mindspore_lite"
 # Below this size threads cost more than they bring.
@@ -55,6 +56,7 @@ def _runtime(directory: MindirDirectory, device: str, threads: int) -> _Runtime:
         from visualglm.backends.mindir.lite import LiteRuntime
 
         return LiteRuntime(device, threads, directory.context_path)
-    from visualglm.backends.mindir.graph_cell import MindSporeRuntime
+    with held_signals():
+        from visualglm.backends.mindir.graph_cell import MindSporeRuntime
 
     return MindSporeRuntime(device, threads)

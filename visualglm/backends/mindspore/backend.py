@@ -87,9 +87,7 @@ class MindSporeBackend:
     def prefill(
         self, layout: Layout, image_embeds: Sequence[ImageEmbeds], capacity: int
     ) -> tuple[NDArray[np.float32], KVCache]:
-        prompt_logits, *present = self.calls.run("prefill", *self._prompt(layout, image_embeds))
-        # Before anything else: the next operator would wait for the graph too, and take five times as long over it.
-        logits = prompt_logits.asnumpy()
+        logits, present = self.calls.run("prefill", *self._prompt(layout, image_embeds))
         columns = layout.sequence_length
         tensors = fitted(present, columns, self.calls.columns(capacity, self.config.text.max_sequence_length))
         cache = KVCache(tensors, columns, layout.batch_size, keeps_shape=self.calls.compiled)
@@ -103,15 +101,14 @@ class MindSporeBackend:
         tokens[places], positions[places] = token_ids, layout.position_ids(column, column + 1)
         visible[places, 0, 0, :column] = np.arange(column) >= layout.pad_lengths[:, None]
         inputs = map(Tensor.from_numpy, (tokens, positions, visible))
-        step_logits, *present = self.calls.run("step", *inputs, *cache.tensors)
-        logits = step_logits.asnumpy()[places]
+        logits, present = self.calls.run("step", *inputs, *cache.tensors)
         cache.append(present)
-        return logits
+        return logits[places]
 
     @_computes
     def logits(self, layout: Layout, image_embeds: Sequence[ImageEmbeds]) -> NDArray[np.float32]:
-        (logits,) = self.calls.run("logits", *self._prompt(layout, image_embeds))
-        return logits.asnumpy()[: layout.batch_size, -layout.sequence_length :]
+        logits, _ = self.calls.run("logits", *self._prompt(layout, image_embeds))
+        return logits[: layout.batch_size, -layout.sequence_length :]
 
     def _prompt(self, layout: Layout, image_embeds: Sequence[ImageEmbeds]) -> list[Tensor]:
         """What a whole prompt is put to the model with, in a shape that there is a graph for."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor
+from numpy.typing import NDArray
 
 from visualglm.backends.mindspore.joined import VisualGLMModel
+from visualglm.signals import held_signals
 
 Call = Literal["prefill", "step", "logits"]
 _CALLS: tuple[Call, ...] = ("prefill", "step", "logits")
@@ -28,11 +33,17 @@ class Calls:
     def compilations(self) -> int:
         return len(self._met) if self.compiled else 0
 
-    def run(self, name: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """What the method of the model gives for `inputs`."""
+    def run(self, name: Call, *inputs: Tensor) -> tuple[NDArray[np.float32], Sequence[Tensor]]:
+        """What the method of the model gives for `inputs`: logits, and keys and values.
+
+        Ctrl-C and SIGTERM wait for a graph, also where it has to be compiled first.
+        """
         self._met.add((name, *((tensor.shape, tensor.dtype) for tensor in inputs)))
-        outputs = self._methods[name](*inputs)
-        return outputs if isinstance(outputs, tuple) else (outputs,)
+        with held_signals() if self.compiled else nullcontext():
+            outputs = self._methods[name](*inputs)
+            logits, *present = outputs if isinstance(outputs, tuple) else (outputs,)
+            # Before anything else: the next operator would wait for the graph too, and take five times as long over it.
+            return logits.asnumpy(), present
 
     def columns(self, needed: int, most: int) -> int:
         """How many columns a prompt or a cache of `needed` gets, at most `most`."""

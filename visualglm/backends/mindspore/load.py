@@ -20,6 +20,7 @@ from visualglm.config import DType, VisualGLMConfig
 from visualglm.errors import CheckpointError, DeviceError
 from visualglm.memory import available_memory, estimate_memory, require_memory
 from visualglm.parameters import parameter_count
+from visualglm.signals import held_signals
 
 CPU = "cpu"
 _TARGETS = {CPU: "CPU", "ascend": "Ascend"}
@@ -86,7 +87,8 @@ def use_device(name: str) -> Device:
     device = find_device(name)
     ms.set_context(mode=ms.PYNATIVE_MODE)
     try:
-        ms.set_device(_TARGETS[device.kind], device.index)
+        with held_signals():
+            ms.set_device(_TARGETS[device.kind], device.index)
     except RuntimeError as error:
         if _TARGETS[device.kind] == ms.get_context("device_target") and device.index == ms.get_context("device_id"):
             return device  # it is in use already
@@ -126,8 +128,9 @@ def new_model(config: VisualGLMConfig, tensors: Mapping[str, StoredTensor], dtyp
     if differing := parameters.keys() ^ tensors.keys():
         raise CheckpointError(f"The weights do not fit the model: {', '.join(sorted(differing))} are on one side only.")
     for name, stored in tensors.items():
-        parameters[name].set_dtype(getattr(ms, dtype))
-        parameters[name].set_data(mapped_tensor(stored).astype(getattr(ms, dtype)))
+        with held_signals():
+            parameters[name].set_dtype(getattr(ms, dtype))
+            parameters[name].set_data(mapped_tensor(stored).astype(getattr(ms, dtype)))
     return model
 
 

@@ -20,6 +20,7 @@ from visualglm.checkpoint.progress import Report, each_reported
 from visualglm.config import DType, VisualGLMConfig
 from visualglm.errors import ConfigError
 from visualglm.memory import available_memory
+from visualglm.signals import held_signals
 from visualglm.training.batches import ReadAhead, read_by_threads
 from visualglm.training.engine import Adapter, ScalarWriter
 from visualglm.training.image_cache import Encode
@@ -148,6 +149,7 @@ def _load(
     own = getattr(ms, dtype)
     parameters = dict(model.parameters_and_names())
     for name, stored in each_reported({name: directory.tensors[name] for name in parameters}, report):
-        parameters[name].set_dtype(own)
-        parameters[name].set_data(mapped_tensor(stored).astype(own))
+        with held_signals():
+            parameters[name].set_dtype(own)
+            parameters[name].set_data(mapped_tensor(stored).astype(own))
     return model.set_train(False)

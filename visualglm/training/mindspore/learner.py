@@ -14,6 +14,7 @@ from mindspore.experimental.optim import AdamW
 from numpy.typing import NDArray
 
 from visualglm.backends.mindspore.joined import VisualGLMModel
+from visualglm.signals import held_signals
 from visualglm.training.batches import Batch
 from visualglm.training.loop import LearnerState, Learnt, LoopConfig
 from visualglm.training.mindspore.distributed import Processes
@@ -130,12 +131,14 @@ class MindSporeLearner:
         self.pairs.drop((self._seed, self.processes.rank, self._drawn))
         inputs, tensors = self._tensors(batch)
         weights = np.where(np.arange(len(inputs.places)) < inputs.count, factor, 0.0).astype(np.float32)
-        (_, losses), gradients = self._learnt(Tensor(weights), *tensors)
-        return _sum(losses, inputs), ops.concat([ops.reshape(gradient, (-1,)) for gradient in gradients])
+        with held_signals():
+            (_, losses), gradients = self._learnt(Tensor(weights), *tensors)
+            return _sum(losses, inputs), ops.concat([ops.reshape(gradient, (-1,)) for gradient in gradients])
 
     def _loss(self, batch: Batch) -> float:
         inputs, tensors = self._tensors(batch)
-        return _sum(self._losses(*tensors), inputs)
+        with held_signals():
+            return _sum(self._losses(*tensors), inputs)
 
     def _tensors(self, batch: Batch) -> tuple[LossInputs, tuple[Tensor | None, ...]]:
         inputs = loss_inputs(batch, self.shape, self.model.config.text.pad_token_id)
@@ -168,7 +171,8 @@ class MindSporeLearner:
         if isfinite(norm):
             clipped = unscaled * min(1.0, self.config.max_grad_norm / (norm + 1e-6))
             ops.assign(self.optimizer.param_groups[0]["lr"], Tensor(rate, ms.float32))
-            self.optimizer(tuple(self._split(clipped)))
+            with held_signals():
+                self.optimizer(tuple(self._split(clipped)))
         return norm
 
     def _split(self, flat: Tensor) -> Iterable[Tensor]:
