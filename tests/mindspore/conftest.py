@@ -1,7 +1,8 @@
 """Models on MindSpore, each loaded once: eager, and as graphs."""
 
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from visualglm.backends.mindspore.backend import MindSporeBackend
+from visualglm.backends.mindspore.environment import prepare_mindspore
 from visualglm.backends.mindspore.load import load_mindspore_backend
 from visualglm.checkpoint.convert import convert
 from visualglm.checkpoint.model_dir import ModelDirectory, open_model_directory
@@ -18,6 +20,39 @@ from visualglm.processing.layout import Layout, layout_from_ids
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 MODES = {"eager": False, "graph": True}
+_WORKER = "PYTEST_XDIST_WORKER"
+_CORES = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
+
+
+def pytest_configure() -> None:
+    """Tests that run beside others keep to a core of their own.
+
+    MindSpore shares every small operator out among the threads of all cores, which here only wait for one another.
+    """
+    worker = os.environ.get(_WORKER, "").removeprefix("gw")
+    if worker:
+        keep_to([core for place, core in enumerate(sorted(_CORES)) if place == int(worker) % len(_CORES)])
+
+
+def keep_to(cores: Collection[int]) -> None:
+    """Where this process computes from now on, and those that it starts; nothing is done for no cores."""
+    if cores:
+        os.sched_setaffinity(0, cores)
+
+
+@pytest.fixture
+def all_cores() -> Iterator[None]:
+    """For a test that starts several processes, which on one core would wait for one another."""
+    kept = os.sched_getaffinity(0) if _CORES else set()
+    keep_to(_CORES)
+    yield
+    keep_to(kept)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def environment(export_cache: Path) -> None:
+    """As the package sets it up, so that nothing is written where the tests are run."""
+    prepare_mindspore()
 
 
 @dataclass(frozen=True)
