@@ -7,15 +7,19 @@ from importlib.metadata import version
 from importlib.util import find_spec
 
 from visualglm.errors import DeviceError
+from visualglm.export_cache import cache_folder
 
 _LOG_LEVEL = "GLOG_v"
 _ERRORS_ONLY = "3"
+_DUMPS = "MS_OM_PATH"
 
 
 def prepare_mindspore(what: str = "The mindspore backend") -> None:
     """Raises `DeviceError`, which says that `what` needs it, if MindSpore cannot be imported here.
 
-    Its warnings, which are about what users cannot change, are left out unless GLOG_v asks for them.
+    Its warnings, which are about what users cannot change, are left out unless GLOG_v asks for them. What it writes
+    about a graph that cannot be compiled goes to our cache, unless MS_OM_PATH names a place, and not to the folder that
+    the user is in.
     """
     if find_spec("mindspore") is None:
         raise DeviceError(
@@ -29,3 +33,4 @@ def prepare_mindspore(what: str = "The mindspore backend") -> None:
             "`pip install 'visualglm[mindspore]'` in an environment of its own."
         )
     os.environ.setdefault(_LOG_LEVEL, _ERRORS_ONLY)
+    os.environ.setdefault(_DUMPS, str(cache_folder()))
