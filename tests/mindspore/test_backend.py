@@ -182,7 +182,7 @@ def test_float16_agrees_loosely(directory, load_backend, make_layout, rows, pixe
         ({"device": "ascend"}, r"The device 'ascend:0' cannot be used by the installed MindSpore 2\.10"),
         ({"device": "cuda"}, r"The device 'cuda' is unknown to the mindspore backend; give auto, cpu or ascend\."),
         ({"device": "cpu:1"}, r"The device 'cpu:1' is not there: the CPU is one device; leave the number out\."),
-        ({"dtype": "bfloat16"}, r"MindSpore has no bfloat16 on a CPU; give --dtype float32, or float16"),
+        ({"dtype": "bfloat16"}, r"MindSpore has no bfloat16 on a CPU; give float32, or float16"),
         ({"dtype": "int8"}, r"The mindspore backend has no int8; give --backend onnx, or another precision\."),
     ],
 )

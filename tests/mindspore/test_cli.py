@@ -45,7 +45,7 @@ def test_quiet_is_quiet(expected):
             ("--device", "ascend", "--device-id", 1),
             "The device 'ascend:1' cannot be used by the installed MindSpore 2.10",
         ),
-        (("--device", "cpu", "--dtype", "bfloat16"), "MindSpore has no bfloat16 on a CPU; give --dtype float32"),
+        (("--device", "cpu", "--dtype", "bfloat16"), "MindSpore has no bfloat16 on a CPU; give float32"),
         (("--dtype", "int4"), "The mindspore backend has no int4; give --backend onnx, or another precision."),
         (("--device-id", 1), "The device 'auto:1' is not there: MindSpore sees no Ascend card"),
         (("--device", "Ascend:1"), "The device 'ascend:1' cannot be used by the installed MindSpore 2.10"),

@@ -110,7 +110,7 @@ def choose_dtype(name: str, config: VisualGLMConfig, device: Device) -> DType:
     if name == "auto":
         return "float32" if device.kind == CPU or parameter_count(config) < _SMALL_MODEL else config.dtype
     if name == "bfloat16" and device.kind == CPU:
-        raise DeviceError("MindSpore has no bfloat16 on a CPU; give --dtype float32, or float16, which is slow there.")
+        raise DeviceError("MindSpore has no bfloat16 on a CPU; give float32, or float16, which is slow there.")
     for known in get_args(DType):
         if name == known:
             return known
