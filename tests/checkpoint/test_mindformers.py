@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,8 +48,10 @@ def change(path: Path, edit: Callable[[Arrays], object]) -> None:
 
 @pytest.fixture
 def trio(goldens: Path, tmp_path: Path) -> Path:
-    """The three files of a golden model, to spoil."""
-    return convert(goldens / "a_image_b1", tmp_path / "trio", to="mindformers").output
+    """The three files of a golden model, to spoil; without their hashes, as the recipe makes them."""
+    made = convert(goldens / "a_image_b1", tmp_path / "trio", to="mindformers").output
+    (made / "SHA256SUMS").unlink()
+    return made
 
 
 def by_the_recipe(state: dict[str, torch.Tensor]) -> dict[str, Arrays]:
@@ -183,7 +186,7 @@ def test_the_stray_tensor_has_no_place_on_hugging_face(goldens: Path, tmp_path: 
 def test_a_model_of_our_own(tiny_model_dir: Path, tmp_path: Path) -> None:
     trio = convert(tiny_model_dir, tmp_path / "trio", to="mindformers").output
     assert sorted(path.name for path in trio.iterdir()) == sorted(
-        [VIT, QFORMER, GLM, LITE, OWN, "ice_text.model", "WEIGHTS_LICENSE.txt"]
+        [VIT, QFORMER, GLM, LITE, OWN, "SHA256SUMS", "ice_text.model", "WEIGHTS_LICENSE.txt"]
     )
     convert(trio, tmp_path / "again")
     assert (tmp_path / "again" / "tokenizer.model").read_bytes() == (tiny_model_dir / "tokenizer.model").read_bytes()
@@ -266,6 +269,25 @@ def test_the_released_sizes_need_no_recipe() -> None:
     assert theirs["query_tokens"] == (1, 32, 768)
     assert theirs["qformer.bert.encoder.layer.10.crossattention.self_att.key.weight"] == (768, 1408)
     assert theirs["llm_proj.weight"] == (4096, 768)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda it: it.clear(), r"its vision\.image_size is 224, and they have \d+"),
+        (lambda it: it["text"].update(vocab_size=400), r"its text\.vocab_size is 400, and they have \d+"),
+        (lambda it: it["text"].update(num_hidden_layers=9), r"its text\.num_hidden_layers is 9, and they have \d+"),
+        (lambda it: it.pop("qformer"), r"its qformer\.hidden_size is 768, and they have \d+"),
+    ],
+)
+def test_a_configuration_of_another_model(spoil: Callable[[Any], object], message: str, trio: Path) -> None:
+    values = json.loads((trio / OWN).read_text())
+    values["text"] |= dict.fromkeys(("mask_token_id", "gmask_token_id", "bos_token_id", "eos_token_id"), 4)
+    spoil(values)
+    (trio / OWN).write_text(json.dumps(values))
+    told = rf"^{trio / OWN} tells of another model than the tensors beside it: {message}; put the file that was .*\.$"
+    with pytest.raises(CheckpointError, match=told):
+        read_mindformers(trio)
 
 
 def test_without_a_recipe_heads_are_not_guessed(trio: Path) -> None:
@@ -378,6 +400,38 @@ def test_what_training_keeps_beside_the_weights_is_left_out(trio: Path, tmp_path
     change(trio / GLM, lambda values: values.update(epoch_num=np.array(3), loss_scale=np.ones(1, np.float32)))
     convert(trio, tmp_path / "out")
     assert not {"epoch_num", "loss_scale"} & open_model_directory(tmp_path / "out").extras.keys()
+
+
+@pytest.mark.parametrize("name", [VIT, QFORMER, GLM, OWN])
+def test_a_flipped_bit_is_told(name: str, goldens: Path, tmp_path: Path) -> None:
+    made = convert(goldens / "a_image_b1", tmp_path / "made", to="mindformers").output
+    subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=made, check=True)
+    assert {line.split()[1] for line in (made / "SHA256SUMS").read_text().splitlines()} == {
+        VIT,
+        QFORMER,
+        GLM,
+        LITE,
+        OWN,
+    }
+    content = bytearray((made / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (made / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"^{made} is damaged: {name} changed since SHA256SUMS was written; get"):
+        read_mindformers(made)
+
+
+def test_lists_of_hashes_that_are_none(goldens: Path, tmp_path: Path) -> None:
+    made = convert(goldens / "a_image_b1", tmp_path / "made", to="mindformers").output
+    file = made / "SHA256SUMS"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line.replace("  ", " *") for line in lines))
+    read_mindformers(made)
+    file.write_text("".join(line for line in lines if GLM not in line))
+    with pytest.raises(CheckpointError, match=rf"SHA256SUMS does not list {GLM}; get it again, or remove it\.$"):
+        read_mindformers(made)
+    file.write_text("hello\n")
+    with pytest.raises(CheckpointError, match=r"SHA256SUMS is no list of SHA-256 as `sha256sum` writes it; get it"):
+        read_mindformers(made)
 
 
 def test_frequencies_of_more_layers_than_there_are(trio: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from visualglm.checkpoint.mindspore_ckpt import mindspore_pieces, read_mindspore
 from visualglm.checkpoint.model_dir import license_of, write_side_files
 from visualglm.checkpoint.progress import ByteProgress
 from visualglm.checkpoint.rotary import check_rotary, rotary_tensor
+from visualglm.checkpoint.sha256sums import SUMS, require_unchanged, sums
 from visualglm.checkpoint.tensors import Tensor, row_blocks, tensor_bytes
 from visualglm.checkpoint.weights_license import WEIGHTS_LICENSE
 from visualglm.config import VisualGLMConfig
@@ -49,6 +50,8 @@ def read_mindformers(path: Path) -> Checkpoint:
     if missing:
         beside = f" ({LITE} holds the embeddings alone)" if (path / LITE).is_file() else ""
         raise CheckpointError(f"{path} lacks {listed(missing)}{beside}; put all three files of a model there.")
+    own = [OWN_CONFIG] if (path / OWN_CONFIG).is_file() else []
+    require_unchanged(path, [*FILES, *own])
     found = {name: read_mindspore(path / name) for name in FILES}
     rotary = {name: tensor for name, tensor in found[GLM].items() if ROTARY.fullmatch(name)}
     config = _config(path, found, rotary)
@@ -68,13 +71,17 @@ def read_mindformers(path: Path) -> Checkpoint:
 
 
 def write_mindformers(folder: Path, checkpoint: Checkpoint, progress: ByteProgress) -> None:
-    """Write the three files and `glm_6b_for_lite.ckpt` into an empty folder; `OSError` if that fails."""
+    """Write the three files and `glm_6b_for_lite.ckpt` into an empty folder; `OSError` if that fails.
+
+    Their hashes go beside them: readers before MindSpore 2.3, as the recipe's, take a checksum inside for damage.
+    """
     files = mindformers_tensors(checkpoint)
     files[LITE] = {name: files[GLM][name] for name in LITE_NAMES if name in files[GLM]}
-    progress.run(
+    found = progress.run(
         partial(write_file, folder / name, progress.track(mindspore_pieces(tensors))) for name, tensors in files.items()
     )
-    write_file(folder / OWN_CONFIG, [checkpoint.config.model_dump_json(indent=2).encode()])
+    own = write_file(folder / OWN_CONFIG, [checkpoint.config.model_dump_json(indent=2).encode()])
+    write_file(folder / SUMS, [sums(dict(zip([*files, OWN_CONFIG], [*found, own], strict=True)))])
     write_side_files(folder, checkpoint, TOKENIZER)
 
 

@@ -70,7 +70,9 @@ def mindformers_config(path: Path, shapes: Mapping[str, Shape], head_dim: int | 
     it all, `ConfigError` if a file that should does not.
     """
     if (path / OWN_CONFIG).exists():
-        return VisualGLMConfig.from_file(path / OWN_CONFIG)
+        config = VisualGLMConfig.from_file(path / OWN_CONFIG)
+        _require_sizes(path, config, _sizes(path, shapes))
+        return config
     sizes = _sizes(path, shapes)
     if head_dim and sizes["text"]["hidden_size"] % head_dim == 0:
         sizes["text"]["num_attention_heads"] = sizes["text"]["hidden_size"] // head_dim
@@ -81,6 +83,17 @@ def mindformers_config(path: Path, shapes: Mapping[str, Shape], head_dim: int | 
         check_fixed(recipe.get(section, {}), _FIXED.get(section, {}), f"The recipe in {path}, {section}")
         _add_heads(path, part, sizes[part])
     return VisualGLMConfig.from_dict(sizes, f"What {path} and its recipe tell of the model")
+
+
+def _require_sizes(path: Path, config: VisualGLMConfig, sizes: Mapping[str, Mapping[str, Any]]) -> None:
+    told = config.model_dump(mode="json")
+    for part, found in sizes.items():
+        for name, size in found.items():
+            if told[part][name] != size:
+                raise CheckpointError(
+                    f"{path / OWN_CONFIG} tells of another model than the tensors beside it: its {part}.{name} is "
+                    f"{told[part][name]}, and they have {size}; put the file that was written with them there."
+                )
 
 
 def recipe_beside(folder: Path) -> Sections:

@@ -18,7 +18,7 @@ _BESIDE = r"|ice_text\.model|WEIGHTS_LICENSE\.txt"
 _SAT_FILES = re.compile(r"model_config\.json|latest" + _BESIDE)
 _SAT_WEIGHTS = re.compile(r"mp_rank_\d+_model_states\.pt")
 _MINDFORMERS_FILES = re.compile(
-    r"visualglm_(vit|qformer)\.ckpt|glm_6b(_for_lite)?\.ckpt|visualglm_config\.json" + _BESIDE
+    r"visualglm_(vit|qformer)\.ckpt|glm_6b(_for_lite)?\.ckpt|visualglm_config\.json|SHA256SUMS" + _BESIDE
 )
 _HF_WEIGHTS = re.compile(r"(pytorch_model|model)(-\d+-of-\d+)?\.(bin|safetensors)(\.index\.json)?")
 _HF_FILES = re.compile(rf"config\.json|{_HF_WEIGHTS.pattern}{_BESIDE}")
