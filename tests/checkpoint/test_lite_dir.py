@@ -124,7 +124,7 @@ def test_another_kind_of_folder(lite: Path, tiny_model_dir: Path, tmp_path: Path
         open_lite_directory(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match=r"is a file; give the folder"):
         open_lite_directory(lite / "decoder.onnx")
-    with pytest.raises(CheckpointError, match=r"has no manifest\.json, so it is no ONNX export; make one with"):
+    with pytest.raises(CheckpointError, match=r"holds the graphs of an export without its manifest\.json, and an ONNX"):
         open_lite_directory(Path(shutil.copytree(lite, tmp_path / "bare", ignore=lambda *_: ["manifest.json"])))
     assert not any(map(is_lite_directory, (tiny_model_dir, tmp_path, tmp_path / "nothing", lite / "decoder.onnx", "")))
     (tmp_path / "manifest.json").write_text("[]")

@@ -157,3 +157,29 @@ def test_what_does_not_run_it(mindir: Path):
         CheckpointError, match=r"is a MindIR export, and a model directory is needed; give one made by `"
     ):
         open_model_directory(mindir)
+
+
+def test_links_to_files_are_followed_and_lead_no_weights_away(mindir: Path):
+    """MindSpore would look for the weights where the link of their graph leads."""
+    elsewhere = mindir.parent / "elsewhere"
+    elsewhere.mkdir()
+    for name in (f"{INC}/rank_0_graph.mindir", "config.json", f"{FULL}/rank_0_variables/data_0"):
+        moved = (mindir / name).rename(elsewhere / Path(name).name)
+        (mindir / name).symlink_to(moved)
+        if "data" not in name:
+            open_mindir_directory(mindir)
+    with pytest.raises(
+        CheckpointError, match=r"data_0 does not lie beside rank_0_graph\.mindir where links are follow"
+    ):
+        open_mindir_directory(mindir)
+
+
+def test_a_model_is_not_exported_into_itself(tiny_model_dir: Path, tmp_path: Path):
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    for output in (model / "sub", model / "a" / ".." / "sub"):
+        with pytest.raises(
+            CheckpointError, match=r"sub lies in the model that is to be exported, .*; give another fold"
+        ):
+            write(output, model)
+    assert not (model / "sub").exists()
+    assert write(tmp_path / "model-mindir", model).is_dir()

@@ -78,10 +78,12 @@ def read_small(file: Path) -> bytes:
 
 
 def staged_export(
-    path: Path, manifest_type: type[ExportManifest], *, needed_bytes: int, force: bool
+    path: Path, model: ModelDirectory, manifest_type: type[ExportManifest], *, needed_bytes: int, force: bool
 ) -> AbstractContextManager[Path]:
     """The folder that becomes `path`; an export of the same kind that nothing else lies beside is replaced with
-    `force`. See `staged_folder`."""
+    `force`. See `staged_folder`. Raises `CheckpointError` if it would lie in that of `model`."""
+    if path.resolve().is_relative_to(model.path.resolve()) and path.resolve() != model.path.resolve():
+        raise CheckpointError(f"{path} lies in the model that is to be exported, {model.path}; give another folder.")
     replaceable = partial(require_replaceable_as, manifest_type)
     return staged_folder(path, needed_bytes=needed_bytes, force=force, require_replaceable=replaceable)
 

@@ -81,6 +81,8 @@ def kind_instead(path: Path) -> tuple[str, str] | None:
     entries = _entries(path)
     if not entries:
         return "is empty", "give another folder"
+    if holds_graphs(path) and not (path / MANIFEST).exists():
+        return f"holds the graphs of an export without its {MANIFEST}", "export the model again"
     known = _checkpoint_kind(path)
     # With a configuration it may be one that has lost its manifest.
     if known or (path / HF_CONFIG.file_name).exists():
@@ -88,6 +90,12 @@ def kind_instead(path: Path) -> tuple[str, str] | None:
     if (path.parent / SAT_CONFIG.file_name).is_file():
         return "is a folder inside a SAT archive", f"give the archive, {path.parent}"
     return _weights_kind(entries) or _folder_inside(entries)
+
+
+def holds_graphs(path: Path) -> bool:
+    """Whether graphs lie in the folder `path` as exports have them beside a configuration."""
+    graphs = (*path.glob("*.onnx"), *path.glob("mindir_*/*.mindir"))
+    return bool(graphs) and (path / HF_CONFIG.file_name).is_file()
 
 
 def _entries(path: Path) -> list[Path]:

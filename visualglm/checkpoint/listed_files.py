@@ -42,6 +42,8 @@ def require_sizes(path: Path, manifest: FolderManifest) -> None:
 
 def require_size(path: Path, record: FileRecord, kind: FolderKind) -> None:
     """Raises `CheckpointError` unless the file is there in full length."""
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing; {kind.remedy}.")
     require_file(path)
     size = path.stat().st_size
     if size != record.size:

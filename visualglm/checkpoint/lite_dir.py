@@ -160,7 +160,7 @@ def write_lite_directory(
     else lies beside is replaced with `force`), the disk fills up, or what was written could not be opened.
     """
     path = checked_path(path)
-    with staged_export(path, LiteManifest, needed_bytes=needed_bytes, force=force) as folder:
+    with staged_export(path, model, LiteManifest, needed_bytes=needed_bytes, force=force) as folder:
         finish_export(folder, model, LiteManifest, fill(folder), report)
         open_lite_directory(folder)
     return open_lite_directory(path)

@@ -29,6 +29,7 @@ from visualglm.checkpoint.mindir_graph import check_graph
 from visualglm.checkpoint.model_dir import CONFIG, ModelDirectory
 from visualglm.checkpoint.progress import Report
 from visualglm.config import VisualGLMConfig
+from visualglm.errors import CheckpointError
 from visualglm.memory import CacheType, MemoryEstimate, estimate_lite_memory
 
 MindirPrecision = Literal["fp32", "fp16"]
@@ -146,7 +147,8 @@ def open_mindir_directory(path: Path | str) -> MindirDirectory:
     """Open and check a MindIR directory: all but the hashes of large files, which `visualglm check` looks at.
 
     Raises `CheckpointError` if it is none or of a newer version, files are missing, cut short or not as they were
-    written, or the tokenizer is another one; `ConfigError` if the configuration is not valid.
+    written, a link leads the weights of a graph away from it, or the tokenizer is another one; `ConfigError` if the
+    configuration is not valid. Other links to files are followed, as caches of downloads have them.
     """
     path = checked_path(path)
     manifest = open_manifest(path, MindirManifest)
@@ -157,6 +159,8 @@ def open_mindir_directory(path: Path | str) -> MindirDirectory:
     read_unchanged(path / CONFIG, manifest)
     require_small_unchanged(path, manifest, graphs)
     require_small_unchanged(path, manifest, [name for name in manifest.files if VARIABLES in name])
+    for graph in graphs:
+        _require_neighbours(path, graph, manifest)
     return MindirDirectory(path, VisualGLMConfig.from_file(path / CONFIG), manifest, tokenizer_path)
 
 
@@ -177,8 +181,22 @@ def write_mindir_directory(
     in use (such an export that nothing else lies beside is replaced with `force`), or the disk fills up.
     """
     path = checked_path(path)
-    with staged_export(path, MindirManifest, needed_bytes=needed_bytes, force=force) as folder:
+    with staged_export(path, model, MindirManifest, needed_bytes=needed_bytes, force=force) as folder:
         fill(folder)
         finish_export(folder, model, MindirManifest, form, report)
         open_mindir_directory(folder)
     return open_mindir_directory(path)
+
+
+def _require_neighbours(path: Path, graph: str, manifest: MindirManifest) -> None:
+    """MindSpore takes weights from where the graph really lies."""
+    beside = path / graph
+    for name in manifest.files:
+        place = path / name
+        if VARIABLES not in name or not place.is_relative_to(beside.parent):
+            continue
+        if place.resolve() != beside.resolve().parent / place.relative_to(beside.parent):
+            raise CheckpointError(
+                f"{place} does not lie beside {beside.name} where links are followed, and weights are not looked for "
+                "elsewhere; put the files themselves there."
+            )

@@ -15,7 +15,7 @@ from visualglm.checkpoint.files import file_pieces, hash_pieces, read_json_objec
 from visualglm.checkpoint.foreign import TOKENIZER as FOREIGN_TOKENIZER
 from visualglm.checkpoint.foreign_config import HF_CONFIG, SAT_CONFIG
 from visualglm.checkpoint.hf import read_hf
-from visualglm.checkpoint.instead import is_adapter, kind_instead, no_manifest, require_model_folder
+from visualglm.checkpoint.instead import holds_graphs, is_adapter, kind_instead, no_manifest, require_model_folder
 from visualglm.checkpoint.listed_files import require_size
 from visualglm.checkpoint.lite_dir import LiteDirectory, LiteManifest, is_lite_directory, open_lite_directory
 from visualglm.checkpoint.lite_graphs import require_as_told
@@ -126,6 +126,9 @@ def _describe_foreign(checkpoint: Checkpoint) -> str:
 
 def _check_model_directory(path: Path, findings: Findings, messages: Messages) -> None:
     _check_manifest(path, Manifest, lambda manifest: f"made from {manifest.source.format}", findings, messages)
+    if findings.is_bad and holds_graphs(path):
+        findings.add(NEITHER, "the rest", f"is that of an export, which cannot be checked without {MANIFEST}")
+        return
     config = _check_config(path, findings)
     if config is None:
         return
