@@ -191,7 +191,7 @@ def test_history_changes_the_answer_and_its_oldest_turns_are_dropped(model: Visu
 
 def test_a_question_that_does_not_fit(model: VisualGLM):
     window = model.config.text.max_sequence_length
-    message = rf"The question takes \d+ tokens and 12 are kept for the answer, more than the {window} of the model; "
+    message = rf"The question takes \d+ tokens and 12 are kept for the answer, more than the window of {window}; "
     with pytest.raises(PromptError, match=message):
         model.ask(None, "cat " * window, **SHORT)
     with pytest.raises(PromptError, match=rf"and {window} are kept for the answer"):

@@ -68,7 +68,7 @@ def test_a_question_fits_exactly_or_is_refused_with_its_length(build):
     length = len(build("a cat").input_ids)
     assert build("a cat", max_sequence_length=length + 100).dropped_turns == 0
     assert build("a cat", history=[("a", "b")], max_sequence_length=length + 100).dropped_turns == 1
-    with pytest.raises(PromptError, match=f"takes {length} tokens with the image and 100 .* the {length + 99} of"):
+    with pytest.raises(PromptError, match=f"takes {length} tokens with the image and 100 .* window of {length + 99}; "):
         build("a cat", max_sequence_length=length + 99)
 
 

@@ -31,7 +31,7 @@ from visualglm.cli.messages import Messages, print_table
 from visualglm.cli.options import ModelOptions
 from visualglm.errors import ConfigError
 from visualglm.export_cache import Exporting, require_export_tools
-from visualglm.loading import Choice, Exporter, builtin_export, builtin_path, choose
+from visualglm.loading import BackendName, Choice, Exporter, builtin_export, builtin_path, choose
 from visualglm.random_model import PRESETS, write_random_model
 
 
@@ -80,7 +80,7 @@ def bench(
             )
         result = measure_model(choice, Plan(repeats=repeats), threads=threads, tell=messages.tell)
     messages.tell("the program itself")
-    result = replace(result, figures=(*result.figures, *_program_figures(repeats)))
+    result = replace(result, figures=(*result.figures, *_program_figures(options.backend, repeats)))
     _show(result)
     if output:
         _write_json(output, result)
@@ -132,10 +132,12 @@ def _export_beside(
         return export_onnx(model, path, ExportOptions(precision, method="rtn"), report=report)
 
 
-def _program_figures(repeats: int) -> list[Figure]:
+def _program_figures(backend: BackendName, repeats: int) -> list[Figure]:
     """How long this program takes from its start to the list of its commands, and to the first token of an answer."""
-    ask = ("ask", "--quiet", "--max-new-tokens", "1", "--image", _picture_url(), "图里有什么？")
-    commands = {"visualglm --help": ("--help",), "visualglm ask, built-in model, first token": ask}
+    chosen = () if backend == "auto" else ("--backend", backend)
+    ask = ("ask", *chosen, "--quiet", "--max-new-tokens", "1", "--image", _picture_url(), "图里有什么？")
+    asking = " ".join(("visualglm ask", *chosen))
+    commands = {"visualglm --help": ("--help",), f"{asking}, built-in model, first token": ask}
     return [
         Figure(name, median(_command_seconds(arguments) for _ in range(repeats)), "s")
         for name, arguments in commands.items()

@@ -89,8 +89,8 @@ def build_prompt(
     if len(ids) > room:
         raise PromptError(
             f"The question takes {len(ids)} tokens{' with the image' if has_image else ''} and {max_new_tokens} are "
-            f"kept for the answer, more than the {special.max_sequence_length} of the model; "
-            "shorten the question or ask for fewer new tokens."
+            f"kept for the answer, more than the window of {special.max_sequence_length}; shorten the question, ask "
+            "for fewer new tokens, or give a model or an export with a longer one."
         )
     kept = 0
     for turn in reversed(history):
