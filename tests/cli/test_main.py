@@ -169,6 +169,56 @@ main()
     assert (outcome.returncode, outcome.stdout, outcome.stderr) == (130, "", "visualglm: interrupted\n")
 
 
+def run_beside(lines: str, command: str) -> subprocess.CompletedProcess[str]:
+    """The program after these lines, in a process of its own."""
+    program = f"import os, signal, sys, time\n{lines}\nfrom visualglm.cli.main import main\nmain()"
+    return subprocess.run([sys.executable, "-c", program, command], capture_output=True, text=True, timeout=120)
+
+
+WHILE_TYPER_IS_IMPORTED = """
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            work()
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize(("how", "code", "said"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_a_signal_that_python_drops_comes_again(how: str, code: int, said: str):
+    lines = f"""
+class Dropping:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{how})
+def work():
+    Dropping()
+    time.sleep(60)
+"""
+    outcome = run_beside(lines + WHILE_TYPER_IS_IMPORTED, "info")
+    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (code, "", f"visualglm: {said}\n")
+
+
+def test_a_sigterm_that_a_library_swallows_does_not_make_the_program_deaf():
+    lines = """
+def work():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except SystemExit:
+        os.kill(os.getpid(), signal.SIGTERM)  # the second to come, which is to change nothing
+        print("swallowed", file=sys.stderr)
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+    outcome = run_beside(lines + WHILE_TYPER_IS_IMPORTED, "info")
+    assert (outcome.returncode, outcome.stdout) == (143, "")
+    assert outcome.stderr == "swallowed\nvisualglm: terminated\n"
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
+def test_signals_after_the_work_change_nothing(how: str):
+    outcome = run_beside(f"import atexit; atexit.register(os.kill, os.getpid(), signal.{how})", "--version")
+    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (0, f"visualglm {__version__}\n", "")
+
+
 def test_the_first_lines_import_next_to_nothing():
     program = (
         "import sys; before = set(sys.modules); import visualglm.cli.main;"

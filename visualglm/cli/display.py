@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Literal, TextIO
 
 from rich.console import Console
@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from visualglm.cli.output import harmless
+from visualglm.signals import held_signals
 
 Unit = Literal["bytes", "rows", "steps"]
 
@@ -44,7 +45,10 @@ def progress_bar(title: str, unit: Unit) -> Iterator[Callable[[int, int, str], N
     counts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), _PerSecond(unit))
     note = TextColumn("{task.fields[note]}", markup=False)
     shown = (TextColumn(title), BarColumn(), *counts, TextColumn("left:"), TimeRemainingColumn(), note)
-    with Progress(*shown, console=Console(stderr=True), transient=True) as progress:
+    with ExitStack() as stack:
+        # It is drawn by a thread, which is to leave signals to this one.
+        with held_signals():
+            progress = stack.enter_context(Progress(*shown, console=Console(stderr=True), transient=True))
         task = progress.add_task(title, total=None, note="")
         yield lambda done, total, note: progress.update(task, completed=done, total=total, note=note)
 

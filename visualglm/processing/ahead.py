@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
 
+from visualglm.signals import keep_signals_away
+
 Row = TypeVar("Row")
 Prepared = TypeVar("Prepared")
 
@@ -26,7 +28,7 @@ def prepared_batches(
 
     Batches end at multiples of `batch_size`, wherever they start: they are then those of a run from the beginning.
     """
-    pool = ThreadPoolExecutor(_THREADS)
+    pool = ThreadPoolExecutor(_THREADS, initializer=keep_signals_away)
     try:
         yield _in_order(pool, prepare, _batches(rows, batch_size, start))
     finally:

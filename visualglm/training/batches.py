@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from visualglm.config import TextConfig
 from visualglm.errors import VisualGLMError
 from visualglm.processing.layout import Layout, pad_batch
+from visualglm.signals import keep_signals_away
 from visualglm.training.examples import IGNORED_LABEL, ExampleDataset, TrainingItem
 
 Ints = NDArray[np.int64]
@@ -135,7 +136,7 @@ def read_by_threads(load: Callable[[S], R], things: Iterable[S], workers: int) -
         yield from map(load, things)
         return
     under_way: deque[Future[R]] = deque()
-    pool = ThreadPoolExecutor(workers)
+    pool = ThreadPoolExecutor(workers, initializer=keep_signals_away)
     try:
         for thing in things:
             under_way.append(pool.submit(load, thing))

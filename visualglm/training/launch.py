@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visualglm.errors import DeviceError, VisualGLMError
+from visualglm.signals import keep_signals_away
 
 _LAUNCHER = "VISUALGLM_LAUNCHER"
 _FAULT = "VISUALGLM_FAULT"
@@ -99,6 +100,7 @@ def die_with(parent: int) -> None:
 
 
 def _watch(parent: int) -> None:
+    keep_signals_away()
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Mapping
 
+from visualglm.signals import keep_signals_away
 from visualglm.training.launch import leave_fault
 
 _POLL_SECONDS = 0.5
@@ -46,6 +47,7 @@ class Scheduler:
             self._process.stdin.close()
 
     def _watch(self) -> None:
+        keep_signals_away()
         self._process.wait()
         if not self._has_left:
             leave_fault(_FAULT.format(name=_name(self._process.returncode)))
