@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import ParamSpec, TypeVar
+from collections.abc import Sequence
 
 import mindspore as ms
 import numpy as np
@@ -15,33 +13,19 @@ from visualglm.backends.base import ImageEmbeds
 from visualglm.backends.mindspore.graphs import Calls
 from visualglm.backends.mindspore.joined import VisualGLMModel
 from visualglm.backends.mindspore.kv_cache import KVCache, fitted
+from visualglm.backends.out_of_memory import tells_out_of_memory
 from visualglm.config import DType, VisualGLMConfig
-from visualglm.errors import DeviceError
 from visualglm.processing.layout import NO_IMAGE, Layout
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 # Images that go through the ViT at once: more would only grow its activations.
 _IMAGES_AT_ONCE = 16
 
 
-def _computes(method: Callable[P, R]) -> Callable[P, R]:
-    """Memory that runs out is told in a sentence, as `DeviceError`."""
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error).lower())
 
-    @wraps(method)
-    def compute(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return method(*args, **kwargs)
-        except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
-                raise
-            raise DeviceError(
-                "The memory ran out while the model was computing; "
-                "use a smaller batch, a shorter prompt or fewer new tokens, or close other programs."
-            ) from error
 
-    return compute
+_computes = tells_out_of_memory(_is_out_of_memory)
 
 
 class MindSporeBackend:

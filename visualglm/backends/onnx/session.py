@@ -13,6 +13,7 @@ import onnxruntime as ort
 import psutil
 from onnxruntime.capi import onnxruntime_pybind11_state
 
+from visualglm.backends.out_of_memory import OUT_OF_MEMORY
 from visualglm.errors import CheckpointError, DeviceError
 
 P = ParamSpec("P")
@@ -32,10 +33,6 @@ _FAILURES: tuple[type[Exception], ...] = (
         for kind in vars(onnxruntime_pybind11_state).values()
         if isinstance(kind, type) and issubclass(kind, Exception)
     ),
-)
-_TOO_MUCH = (
-    "The memory ran out while the model was computing; "
-    "use a smaller batch, a shorter prompt or fewer new tokens, or close other programs."
 )
 # In the words of the runtime what it does not know, and in ours what a graph needs.
 _LACKING = (
@@ -135,7 +132,7 @@ def computes(method: Callable[P, R]) -> Callable[P, R]:
             return method(*args, **kwargs)
         except _FAILURES as error:
             if _is_out_of_memory(error):
-                raise DeviceError(_TOO_MUCH) from error
+                raise DeviceError(OUT_OF_MEMORY) from error
             raise CheckpointError(
                 f"The installed onnxruntime {ort.__version__} could not run the export{_reason(error)}; "
                 "export the model again."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -12,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from visualglm.backends.base import ImageEmbeds
+from visualglm.backends.out_of_memory import tells_out_of_memory
 from visualglm.backends.torch.adapters import TorchAdapters
 from visualglm.backends.torch.chatglm import rotary_table
 from visualglm.backends.torch.joined import VisualGLMModel
 from visualglm.backends.torch.kv_cache import KVCache
 from visualglm.checkpoint.adapter_dir import AdapterDirectory
 from visualglm.config import VisualGLMConfig
-from visualglm.errors import DeviceError
 from visualglm.processing.layout import Layout
 
 P = ParamSpec("P")
@@ -28,23 +27,13 @@ R = TypeVar("R")
 _IMAGES_AT_ONCE = 16
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 def _computes(method: Callable[P, R]) -> Callable[P, R]:
     """Without gradients; and memory that runs out is told in a sentence, as `DeviceError`."""
-
-    @wraps(method)
-    def compute(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            with torch.inference_mode():
-                return method(*args, **kwargs)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-                raise
-            raise DeviceError(
-                "The memory ran out while the model was computing; "
-                "use a smaller batch, a shorter prompt or fewer new tokens, or close other programs."
-            ) from error
-
-    return compute
+    return tells_out_of_memory(_is_out_of_memory)(torch.inference_mode()(method))
 
 
 class TorchCache:
