@@ -112,7 +112,10 @@ def _come_again(dropped: sys.UnraisableHookArgs) -> None:
 
 
 def _stopped(code: int) -> int:
-    print_note(f"visualglm: {STOPPED[code]}")
+    from visualglm.training.launch import is_launched
+
+    if not is_launched():
+        print_note(f"visualglm: {STOPPED[code]}")
     return code
 
 

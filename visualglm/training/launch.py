@@ -87,6 +87,11 @@ def leave_fault(sentence: str) -> None:
         Path(path).write_text(sentence, "utf-8")
 
 
+def is_launched() -> bool:
+    """Whether this is a process of `launch`, which is stopped with it and tells so itself."""
+    return _LAUNCHER in os.environ
+
+
 def die_with_launcher() -> None:
     """End this process soon after the one that launched it, if one did and it should be killed."""
     launcher = os.environ.get(_LAUNCHER)

@@ -21,6 +21,7 @@ from mindspore import Tensor, communication, ops
 
 from visualglm.backends.mindspore.load import CPU
 from visualglm.errors import DeviceError, VisualGLMError
+from visualglm.signals import held_signals
 from visualglm.training.launch import die_with_launcher
 from visualglm.training.mindspore.scheduler import Scheduler
 
@@ -122,7 +123,9 @@ def join_processes(device_name: str) -> Processes:
         )
     atexit.register(_end_quietly)
     try:
-        communication.init()
+        # It answers Ctrl-C itself from here on, with lines of its own.
+        with held_signals():
+            communication.init()
         rank, world_size = communication.get_rank(), communication.get_group_size()
         return Processes(rank, world_size, device_name, _linked(rank, world_size), scheduler)
     except (RuntimeError, ValueError, OSError) as error:
