@@ -1,6 +1,7 @@
 """The torch backend by itself: cache, batches, precisions, and whose memory the weights lie in."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -10,17 +11,16 @@ import torch
 from numpy.typing import NDArray
 
 import visualglm
+from tests.ragged import STARTS, close, layout_of, random_pixels, random_rows
 from visualglm.backends.base import ImageEmbeds
 from visualglm.backends.torch.backend import TorchBackend
 from visualglm.config import VisualGLMConfig
 from visualglm.errors import DeviceError
 from visualglm.model import VisualGLM
 from visualglm.parameters import parameter_shapes
-from visualglm.processing.layout import Layout, layout_from_ids, pad_batch
+from visualglm.processing.layout import Layout, layout_from_ids
 
 IMAGE_SLOTS = 4
-# Rows of unlike length, the second and the last without an image.
-LENGTHS, STARTS, CONTEXTS = (9, 14, 12, 6), (1, None, 0, None), (7, 10, 12, 3)
 
 
 @pytest.fixture(scope="module")
@@ -35,28 +35,17 @@ def backend(model: VisualGLM) -> TorchBackend:
 
 @pytest.fixture(scope="module")
 def pixels(tiny_config: VisualGLMConfig) -> NDArray[np.float32]:
-    size = tiny_config.vision.image_size
-    return np.random.default_rng(0).normal(size=(2, 3, size, size)).astype(np.float32)
+    return random_pixels(tiny_config)
 
 
 @pytest.fixture(scope="module")
 def rows(tiny_config: VisualGLMConfig) -> list[list[int]]:
-    random, bos = np.random.default_rng(1), tiny_config.text.bos_token_id
-    rows = [random.integers(20, tiny_config.text.vocab_size, length).tolist() for length in LENGTHS]
-    return [[*ids[:context], bos, *ids[context:]] for ids, context in zip(rows, CONTEXTS, strict=True)]
+    return random_rows(tiny_config)
 
 
 @pytest.fixture(scope="module")
 def make_layout(tiny_config: VisualGLMConfig) -> Callable[..., Layout]:
-    def make(rows: list[list[int]], starts: tuple[int | None, ...] = STARTS) -> Layout:
-        text = tiny_config.text
-        return pad_batch(rows, starts, pad_token_id=text.pad_token_id, bos_token_id=text.bos_token_id)
-
-    return make
-
-
-def close(found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
-    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6 * np.abs(expected).max())
+    return partial(layout_of, tiny_config)
 
 
 def test_a_batch_is_its_rows(backend, make_layout, rows, pixels):

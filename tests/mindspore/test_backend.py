@@ -1,6 +1,7 @@
 """The MindSpore backend by itself: cache, batches, graphs, precisions, and whose memory the weights lie in."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import mindspore as ms
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 import visualglm
 from tests.mindspore.conftest import MODES
+from tests.ragged import STARTS, close, layout_of, random_pixels, random_rows
 from visualglm.backends.mindspore.backend import MindSporeBackend, padded_layout
 from visualglm.backends.mindspore.load import load_mindspore_backend, new_model
 from visualglm.checkpoint.model_dir import ModelDirectory, open_model_directory
@@ -18,11 +20,7 @@ from visualglm.checkpoint.tensors import LazyTensor
 from visualglm.config import VisualGLMConfig
 from visualglm.errors import CheckpointError, DeviceError
 from visualglm.parameters import parameter_shapes
-from visualglm.processing.layout import Layout, pad_batch
-
-IMAGE_SLOTS = 4
-# Rows of unlike length, the second and the last without an image.
-LENGTHS, STARTS, CONTEXTS = (9, 14, 12, 6), (1, None, 0, None), (7, 10, 12, 3)
+from visualglm.processing.layout import Layout
 
 
 @pytest.fixture(scope="module")
@@ -37,28 +35,17 @@ def backend(load_backend: Callable[..., MindSporeBackend], directory: ModelDirec
 
 @pytest.fixture(scope="module")
 def pixels(tiny_config: VisualGLMConfig) -> NDArray[np.float32]:
-    size = tiny_config.vision.image_size
-    return np.random.default_rng(0).normal(size=(2, 3, size, size)).astype(np.float32)
+    return random_pixels(tiny_config)
 
 
 @pytest.fixture(scope="module")
 def rows(tiny_config: VisualGLMConfig) -> list[list[int]]:
-    random, bos = np.random.default_rng(1), tiny_config.text.bos_token_id
-    rows = [random.integers(20, tiny_config.text.vocab_size, length).tolist() for length in LENGTHS]
-    return [[*ids[:context], bos, *ids[context:]] for ids, context in zip(rows, CONTEXTS, strict=True)]
+    return random_rows(tiny_config)
 
 
 @pytest.fixture(scope="module")
 def make_layout(tiny_config: VisualGLMConfig) -> Callable[..., Layout]:
-    def make(rows: list[list[int]], starts: tuple[int | None, ...] = STARTS) -> Layout:
-        text = tiny_config.text
-        return pad_batch(rows, starts, pad_token_id=text.pad_token_id, bos_token_id=text.bos_token_id)
-
-    return make
-
-
-def close(found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
-    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6 * np.abs(expected).max())
+    return partial(layout_of, tiny_config)
 
 
 def test_a_batch_is_its_rows(backend, make_layout, rows, pixels):

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 import visualglm
 from tests.cli.program import Outcome, finish, spawn
 from tests.mindspore.greedy import answer_ids, asked_about, scene_images
+from tests.ragged import STARTS, layout_of, random_pixels, random_rows
 from visualglm.backends.base import Backend
 from visualglm.backends.mindir.load import load_mindir_backend
 from visualglm.checkpoint.mindir_dir import MindirDirectory, open_mindir_directory
@@ -23,13 +24,11 @@ from visualglm.export.mindir import MindirOptions, export_mindir
 from visualglm.generation.config import GenerationConfig
 from visualglm.generation.decoding import generate_ids
 from visualglm.loading import builtin_export, builtin_path
-from visualglm.processing.layout import Layout, pad_batch
+from visualglm.processing.layout import Layout
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 QUESTION = "图里有什么？"
 ROWS, LENGTH = 3, 48
-# Rows of unlike length, the second without an image.
-LENGTHS, STARTS, CONTEXTS = (9, 14, 12), (1, None, 0), (7, 10, 12)
 CACHE = {"use_past": True, "no_past": False}
 
 
@@ -69,16 +68,12 @@ def torch_backend(tiny_model_dir: Path) -> Backend:
 
 @pytest.fixture(scope="module")
 def pixels(tiny_config: VisualGLMConfig) -> NDArray[np.float32]:
-    size = tiny_config.vision.image_size
-    return np.random.default_rng(0).normal(size=(2, 3, size, size)).astype(np.float32)
+    return random_pixels(tiny_config)
 
 
 @pytest.fixture(scope="module")
 def layout(tiny_config: VisualGLMConfig) -> Layout:
-    random, text = np.random.default_rng(1), tiny_config.text
-    rows = [random.integers(20, text.vocab_size, length).tolist() for length in LENGTHS]
-    rows = [[*ids[:context], text.bos_token_id, *ids[context:]] for ids, context in zip(rows, CONTEXTS, strict=True)]
-    return pad_batch(rows, STARTS, pad_token_id=text.pad_token_id, bos_token_id=text.bos_token_id)
+    return layout_of(tiny_config, random_rows(tiny_config)[:ROWS], STARTS[:ROWS])
 
 
 @pytest.fixture(scope="module")
