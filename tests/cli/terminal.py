@@ -71,6 +71,13 @@ class Terminal:
         assert self.shows(text, _PATIENCE), f"{text!r} was not shown, but {self._shown!r}"
         return self.before
 
+    def ends(self, timeout: float) -> bool:
+        """Whether the program ends in that many seconds."""
+        deadline = time.monotonic() + timeout
+        while self._read(deadline):
+            pass
+        return self.process.poll() is not None
+
     def end(self) -> tuple[int, str]:
         """Wait for the program to end; returns its exit code and what else it showed."""
         deadline = time.monotonic() + _PATIENCE

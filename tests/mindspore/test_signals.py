@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.program import change_config, finish, spawn
 from tests.cli.terminal import CTRL_C, Terminal
-from tests.cli.test_chat import press_ctrl_c_at_the_prompt
+from tests.cli.test_chat import leave_with_ctrl_c
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 ASK = ("ask", "--backend", "mindspore", "-i", EXAMPLES / "stop.png", "What does the sign say?")
@@ -62,6 +62,4 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(graph_mode: int, ti
             terminal.expect(" ")
             terminal.type(CTRL_C)
             terminal.expect("\n(stopped)\n> ")
-        press_ctrl_c_at_the_prompt(terminal)
-        terminal.type(CTRL_C)
-        assert terminal.end()[0] == 0
+        assert leave_with_ctrl_c(terminal) == 0
