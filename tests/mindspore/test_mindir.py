@@ -182,7 +182,7 @@ def test_the_commands_answer_in_fresh_processes(builtin: Path, tmp_path: Path):
     assert "3 rows are to be answered at once, but the export was made for 2; give --batch-size 2" in outcome.error
 
 
-@pytest.mark.parametrize(("cache", "scenes"), [("use_past", 100), ("no_past", 20)])
+@pytest.mark.parametrize(("cache", "scenes"), [("use_past", 40), ("no_past", 9)])
 def test_greedy_ids_are_those_of_torch(cache: str, scenes: int, tmp_path: Path):
     check(cache, tmp_path, scenes)
 
